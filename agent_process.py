@@ -1,0 +1,473 @@
+"""Runs programs that die with the process that started them; nothing here knows of incidents.
+
+A small process of its own, the supervisor, is the parent of every program. It holds the other end
+of a socket of this process, so it learns at once that this process is gone, however it died, and
+kills what runs. nightcrier.py uses this module for its agents; it imports nothing from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import inspect
+import json
+import os
+import re
+import resource
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def signal_name(exit_code: int) -> str | None:
+    """The signal that ended a process, from minus its number; None if it exited."""
+    if exit_code >= 0:
+        return None
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:
+        return f"signal {-exit_code}"
+
+
+def process_start_time(pid: int) -> datetime | None:
+    """When a process started, to the clock tick; None if it is gone or the system does not tell.
+
+    proc(5): field 22 of /proc/PID/stat, in ticks since the boot time of /proc/stat.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        ticks = int(fields.rpartition(")")[2].split()[19])
+        booted = re.search(r"^btime (\d+)$", Path("/proc/stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError, IndexError):
+        return None
+    if booted is None:
+        return None
+    seconds = int(booted[1]) + ticks / os.sysconf("SC_CLK_TCK")
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def is_supervised(pid: int) -> bool:
+    """Whether a process is the child of a living supervisor, which will not leave it behind."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        parent = fields.rpartition(")")[2].split()[1]
+        return _SupervisorProcess.__name__.encode() in Path(f"/proc/{parent}/cmdline").read_bytes()
+    except (OSError, IndexError):
+        return False
+
+
+class _SupervisorProcess:
+    """The whole program of the supervisor, which runs in a bare interpreter of its own.
+
+    Requests come on a socket that is standard input, with the file descriptors of the new
+    process; answers go to standard output, a JSON object a line. End of file on the socket means
+    that the parent is gone, however it died: then every program is killed at once.
+    """
+
+    IMPORTS = (
+        "import contextlib, ctypes, json, os, resource, select, signal, socket, subprocess"
+        "\nimport sys, time"
+    )
+
+    def __init__(self) -> None:
+        self.children: dict[int, str] = {}  # pid: the run's name
+        # A death wakes `select` through a pipe: a signal just before a system call would be missed.
+        self.woken, waker = os.pipe()
+        for end in (self.woken, waker):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        # Handlers, not SIG_IGN: programs would inherit that, and could not be ended by a signal.
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if sys.platform == "linux":
+            # PR_SET_CHILD_SUBREAPER: a descendant that daemonised becomes ours, and can be killed.
+            ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+
+    def run(self) -> None:
+        try:
+            self.serve()
+        finally:
+            for pid in self.children:
+                self.kill(pid, group=True)
+            self.children.clear()
+            self.clear()
+
+    def serve(self) -> None:
+        requests = socket.socket(fileno=0)
+        data = b""
+        received: list[int] = []
+        while True:
+            ready, _, _ = select.select([requests.fileno(), self.woken], [], [])
+            if self.woken in ready:
+                os.read(self.woken, 4096)
+                self.reap()
+            if requests.fileno() not in ready:
+                continue
+            try:
+                piece, files, _, _ = socket.recv_fds(requests, 65536, 3)
+            except OSError:
+                piece, files = b"", []
+            if not piece:
+                return
+            received += files
+            *lines, data = (data + piece).split(b"\n")
+            for line in lines:
+                self.obey(json.loads(line), received)
+
+    def obey(self, request: dict[str, Any], received: list[int]) -> None:
+        if "argv" in request:
+            files = [received.pop(0) for _ in range(3)]
+            self.spawn(request, files)
+            for file in files:
+                os.close(file)
+        for pid, run in self.children.items():
+            if run == request.get("signal"):
+                self.kill(pid, group=True, number=request["number"])
+
+    def spawn(self, request: dict[str, Any], files: list[int]) -> None:
+        try:
+            process = subprocess.Popen(  # noqa: S603 (a list of words: no shell)
+                request["argv"],
+                cwd=request["cwd"],
+                env=request["env"],
+                stdin=files[0],
+                stdout=files[1],
+                stderr=files[2],
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            self.answer(run=request["run"], error=str(error))
+            return
+        process.returncode = 0  # collected by reap(), not by the object
+        self.children[process.pid] = request["run"]
+        self.answer(run=request["run"], pid=process.pid)
+
+    def answer(self, **message: object) -> None:
+        with contextlib.suppress(OSError):  # nobody listens: end of file on the socket follows
+            os.write(1, json.dumps(message).encode() + b"\n")
+
+    def reap(self) -> None:
+        """Collect what has ended."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            run = self.children.pop(pid, None)
+            if run is not None:
+                self.kill(pid, group=True)  # its number stays taken while one of the group lives
+            self.clear()
+            if run is not None:
+                self.answer(run=run, exited=os.waitstatus_to_exitcode(status))
+
+    def clear(self) -> None:
+        """Kill what outlived its program; each death may hand over further descendants."""
+        for _ in range(50):
+            found = self.strays()
+            if not found:
+                return
+            for pid in found:
+                self.kill(pid, group=False)
+            time.sleep(0.002)
+            for pid in found:
+                with contextlib.suppress(OSError):
+                    os.waitpid(pid, os.WNOHANG)
+
+    def strays(self) -> list[int]:
+        """Adopted descendants of programs that have ended.
+
+        A variable that all inherit tells which those are; who dropped it goes with the last one.
+        """
+        running = {f"SUPERVISED_RUN={run}".encode() for run in self.children.values()}
+        found = []
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+            for pid in {int(pid) for pid in file.read().split()} - self.children.keys():
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as environ:
+                    words = environ.read().split(b"\0")
+                    marks = {word for word in words if word.startswith(b"SUPERVISED_RUN=")}
+                    if not running or (marks and not marks & running):
+                        found.append(pid)
+        return found
+
+    def kill(self, pid: int, *, group: bool, number: int = 9) -> None:
+        with contextlib.suppress(OSError):
+            (os.killpg if group else os.kill)(pid, number)
+
+
+class SupervisedProcess:
+    """A process started by the Supervisor."""
+
+    def __init__(self, run: str, pid: int, supervisor: Supervisor) -> None:
+        self.pid = pid
+        self.started_at = process_start_time(pid)
+        self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._run = run
+        self._supervisor = supervisor
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the whole process group."""
+        with contextlib.suppress(OSError):  # the supervisor is gone, and the process with it
+            self._supervisor.request({"signal": self._run, "number": number})
+
+
+class Supervisor:
+    """Starts processes that die when this process dies, however it dies.
+
+    A small process of its own holds the other end of a socket and is the parent of the programs: it
+    knows each of them from the moment it exists, so there is no window in which one could be left
+    behind. It is started with the first agent, and again if somebody killed it.
+    """
+
+    def __init__(self) -> None:
+        self._requests: socket.socket | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._starting: dict[str, asyncio.Future[SupervisedProcess]] = {}
+        self._running: dict[str, SupervisedProcess] = {}
+        self._lock = asyncio.Lock()
+
+    async def start(self) -> None:
+        async with self._lock:
+            if self._requests is not None:
+                return
+            ours, theirs = socket.socketpair()
+            source = (
+                f"from __future__ import annotations\n{_SupervisorProcess.IMPORTS}\n"
+                f"{inspect.getsource(_SupervisorProcess)}\n_SupervisorProcess().run()\n"
+            )
+            keep = ("PATH", "LANG", "LD_LIBRARY_PATH")
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-I", "-S", "-c", source),
+                    stdin=theirs.fileno(),
+                    stdout=asyncio.subprocess.PIPE,
+                    env={name: os.environ[name] for name in keep if name in os.environ},
+                    start_new_session=True,  # Ctrl-C at a terminal is its parent's business
+                )
+            finally:
+                theirs.close()
+            ours.settimeout(10.0)
+            self._requests = ours
+            self._reader = asyncio.create_task(self._read(self._process), name="supervisor")
+
+    async def spawn(
+        self, argv: Sequence[str], cwd: Path, env: Mapping[str, str], files: Sequence[int]
+    ) -> SupervisedProcess:
+        """Start a process in a session of its own; raises OSError if it cannot be started.
+
+        `files` are its stdin, stdout and stderr.
+        """
+        await self.start()
+        run = secrets.token_hex(16)
+        started: asyncio.Future[SupervisedProcess] = asyncio.get_running_loop().create_future()
+        self._starting[run] = started
+        marked = {**env, "SUPERVISED_RUN": run}
+        try:
+            self.request({"run": run, "argv": list(argv), "cwd": str(cwd), "env": marked}, files)
+            return await asyncio.shield(started)
+        except OSError:
+            self._starting.pop(run, None)
+            raise
+        except asyncio.CancelledError:
+            # It may be on its way, and nobody would end it any more.
+            started.add_done_callback(_kill_unwanted)
+            raise
+
+    def request(self, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
+        """Tell the supervisor process something; raises OSError if it is gone."""
+        if self._requests is None:
+            raise OSError("the supervisor is gone")
+        line = json.dumps(message).encode() + b"\n"
+        sent = socket.send_fds(self._requests, [line], list(files)) if files else 0
+        self._requests.sendall(line[sent:])
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            self._take(json.loads(line))
+        await process.wait()
+        self._gone()
+
+    def _take(self, message: Mapping[str, Any]) -> None:
+        run = message["run"]
+        if "exited" in message:
+            ended = self._running.pop(run, None)
+            if ended is not None and not ended.exit_code.done():
+                ended.exit_code.set_result(message["exited"])
+            return
+        started = self._starting.pop(run)
+        if "error" in message:
+            started.set_exception(OSError(message["error"]))
+            started.exception()  # retrieved, should nobody wait for it any more
+        else:
+            process = SupervisedProcess(run, message["pid"], self)
+            self._running[run] = process
+            started.set_result(process)
+
+    def _gone(self) -> None:
+        """The supervisor has ended: should it have been killed, its programs are ours to kill."""
+        self._hang_up()
+        for process in self._running.values():
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if not process.exit_code.done():
+                process.exit_code.set_result(-signal.SIGKILL)
+        for started in self._starting.values():
+            started.set_exception(OSError("the supervisor was killed"))
+            started.exception()
+        self._running.clear()
+        self._starting.clear()
+
+    def _hang_up(self) -> None:
+        if self._requests is not None:
+            self._requests.close()
+            self._requests = None
+
+    async def close(self) -> None:
+        """Kill what still runs, and end the supervisor."""
+        self._hang_up()
+        if self._reader is not None:
+            await self._reader
+
+
+def _kill_unwanted(started: asyncio.Future[SupervisedProcess]) -> None:
+    if not started.cancelled() and started.exception() is None:
+        started.result().signal(signal.SIGKILL)
+
+
+class _Capture(asyncio.Protocol):
+    """Keeps the beginning of a stream in a file and its end in memory, and counts the rest."""
+
+    TAIL = 65_536
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._room = limit
+        self._tail = b""
+        self._left_out = 0
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        kept, rest = data[: self._room], data[self._room :]
+        if kept:
+            self._room -= len(kept)
+            try:
+                self._file.write(kept)
+            except OSError:  # a full disk: the program goes on, its output is not kept
+                rest, self._room = data, 0
+        if rest:
+            self._left_out += len(rest)
+            self._tail = (self._tail + rest)[-self.TAIL :]
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        with contextlib.suppress(OSError):
+            if left_out := self._left_out - len(self._tail):
+                self._file.write(f"\n[{left_out} bytes left out]\n".encode())
+            self._file.write(self._tail)
+        self._file.close()
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+
+@contextlib.asynccontextmanager
+async def _captured(path: Path, limit: int) -> AsyncIterator[BinaryIO]:
+    """A pipe whose reading end goes to a capped file; yields the writing end.
+
+    The reading ends with the program: a grandchild that keeps the pipe open does not hold it up.
+    """
+    capture = _Capture(path, limit)  # before the pipe, which nobody would close if this fails
+    loop = asyncio.get_running_loop()
+    read_end, write_end = os.pipe()
+    with os.fdopen(write_end, "wb", buffering=0) as writing:
+        reading = os.fdopen(read_end, "rb", buffering=0)
+        transport, _ = await loop.connect_read_pipe(lambda: capture, reading)
+        try:
+            yield writing
+        finally:
+            writing.close()
+            try:
+                async with asyncio.timeout(1.0):
+                    await asyncio.shield(capture.closed)
+            except TimeoutError:
+                pass
+            finally:
+                transport.close()
+            await capture.closed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramEnd:
+    """How a program ended: its exit code, or minus the signal that ended it."""
+
+    exit_code: int
+    timed_out: bool
+
+
+_KILL_AFTER = 10.0  # seconds between TERM and KILL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What to run. `output_limit` bounds, in bytes, what is kept of each of stdout and stderr."""
+
+    argv: Sequence[str]
+    cwd: Path
+    env: Mapping[str, str]
+    stdin: Path
+    stdout: Path
+    stderr: Path
+    output_limit: int
+    time_limit: float  # seconds
+
+
+async def run_program(
+    supervisor: Supervisor,
+    program: Program,
+    on_started: Callable[[SupervisedProcess], Awaitable[None]],
+) -> ProgramEnd:
+    """Run a program to its end, or to its time limit. Cancelling kills it.
+
+    Raises OSError if it cannot be started. When this returns, nothing of its process group runs.
+    """
+    async with (
+        _captured(program.stdout, program.output_limit) as out,
+        _captured(program.stderr, program.output_limit) as err,
+    ):
+        with program.stdin.open("rb") as read:
+            files = (read.fileno(), out.fileno(), err.fileno())
+            process = await supervisor.spawn(program.argv, program.cwd, program.env, files)
+        out.close()  # the program has it now: the end of its output can be seen
+        err.close()
+        try:
+            await on_started(process)
+            return await _wait_for(process, program.time_limit)
+        finally:
+            if not process.exit_code.done():
+                process.signal(signal.SIGKILL)
+                await asyncio.shield(process.exit_code)
+
+
+async def _wait_for(process: SupervisedProcess, limit: float) -> ProgramEnd:
+    try:
+        async with asyncio.timeout(limit):
+            return ProgramEnd(exit_code=await asyncio.shield(process.exit_code), timed_out=False)
+    except TimeoutError:
+        process.signal(signal.SIGTERM)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_KILL_AFTER):
+            return ProgramEnd(exit_code=await asyncio.shield(process.exit_code), timed_out=True)
+    process.signal(signal.SIGKILL)
+    return ProgramEnd(exit_code=await asyncio.shield(process.exit_code), timed_out=True)

@@ -1,0 +1,280 @@
+"""What several test files need: builders of values, and stores.
+
+Builders give a valid value; a test names only the fields that it is about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nightcrier
+import sql_database
+from nightcrier import AgentExecution, Completion, FaultEvent, Incident, TriageReport
+
+NOON = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
+MINUTE = timedelta(minutes=1)
+LEASE = timedelta(minutes=5)
+EXPIRED = timedelta(0)  # a lease that has run out as soon as it is given
+
+
+def an_event(cluster: str = "prod", **fields: Any) -> FaultEvent:
+    """A fault that has just arrived."""
+    values: dict[str, Any] = {
+        "event_id": nightcrier.new_id(),
+        "received_at": nightcrier.utc_now(),
+        "fault_type": "CrashLoop",
+        "severity": nightcrier.Severity.CRITICAL,
+        "resource_kind": "Pod",
+        "resource_namespace": "default",
+        "resource_name": "web-1",
+        "fault_fingerprint": "cfb0dbaa9741da48",
+    }
+    return FaultEvent(cluster=cluster, **{**values, **fields})
+
+
+def an_event_at(moment: datetime, cluster: str = "prod", **fields: Any) -> FaultEvent:
+    """A fault that arrived at a time: its id says so, too."""
+    event_id = nightcrier.id_floor(moment)[:14] + "7" + secrets.token_hex(2)[1:]
+    event_id += "-8" + secrets.token_hex(2)[1:] + "-" + secrets.token_hex(6)
+    return an_event(cluster, event_id=event_id, received_at=moment, **fields)
+
+
+def events_of(cluster: str, count: int, **fields: Any) -> list[FaultEvent]:
+    return [an_event(cluster, **fields) for _ in range(count)]
+
+
+def an_execution(incident: Incident, **fields: Any) -> AgentExecution:
+    """The agent of a claimed incident, running."""
+    values: dict[str, Any] = {
+        "execution_id": nightcrier.new_id(),
+        "incident_id": incident.incident_id,
+        "attempt": incident.attempt,
+        "cluster": incident.cluster,
+        "worker_id": incident.claimed_by,
+        "host": "night-host",
+        "runtime": "host",
+        "agent": "stub",
+        "started_at": nightcrier.utc_now(),
+    }
+    return AgentExecution(**{**values, **fields})
+
+
+def finished(
+    execution: AgentExecution,
+    outcome: nightcrier.Outcome = nightcrier.Outcome.SUCCEEDED,
+    **fields: Any,
+) -> AgentExecution:
+    return dataclasses.replace(
+        execution, **{"completed_at": nightcrier.utc_now(), "outcome": outcome, **fields}
+    )
+
+
+def a_report(**fields: Any) -> TriageReport:
+    values: dict[str, Any] = {
+        "report_id": nightcrier.new_id(),
+        "generated_at": nightcrier.utc_now(),
+        "report_markdown": "# Report\n\nThe disk is full.\n",
+        "root_cause": "The disk is full.",
+        "confidence": "HIGH",
+    }
+    return TriageReport(**{**values, **fields})
+
+
+def resolved(incident: Incident, **fields: Any) -> Completion:
+    """The agent of a claimed incident has left a report."""
+    values: dict[str, Any] = {
+        "status": nightcrier.IncidentStatus.RESOLVED,
+        "execution": finished(an_execution(incident), exit_code=0),
+        "report": a_report(),
+        "exit_code": 0,
+    }
+    return Completion(**{**values, **fields})
+
+
+def an_incident(event: FaultEvent | None = None, **fields: Any) -> Incident:
+    """An incident that a worker has just claimed."""
+    values: dict[str, Any] = {
+        "event": event or an_event(),
+        "status": nightcrier.IncidentStatus.RUNNING,
+        "queue_key": 0,
+        "created_at": nightcrier.utc_now(),
+        "started_at": nightcrier.utc_now(),
+        "attempt": 1,
+        "attempts_charged": 1,
+        "claimed_by": "w1",
+    }
+    return Incident(**{**values, **fields})
+
+
+def a_config(root: Path, **flags: Any) -> nightcrier.Config:
+    """A configuration without clusters; workspaces and database are below `root`."""
+    given = {
+        "sqlite": str(root / "nightcrier.db"),
+        "workspace_root": str(root / "incidents"),
+        "agent_cli": "command",
+        "agent_command": ["true"],
+    }
+    return nightcrier.load_config({**given, **flags}, environment={}, need_clusters=False)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    """Wait for what another process does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to be"
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; one that is dead and not collected does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def agent_failed(incident: Incident, **fields: Any) -> Completion:
+    values: dict[str, Any] = {
+        "status": nightcrier.IncidentStatus.AGENT_FAILED,
+        "execution": finished(an_execution(incident), nightcrier.Outcome.FAILED, exit_code=2),
+        "exit_code": 2,
+        "failure_reason": "agent exited with non-zero code: 2",
+    }
+    return Completion(**{**values, **fields})
+
+
+def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """Run `work(0)` … `work(count - 1)` at once; raises what any of them raised."""
+    start = threading.Barrier(count)
+    results: list[Any] = [None] * count
+    errors: list[BaseException] = []
+
+    def body(number: int) -> None:
+        start.wait()
+        try:
+            results[number] = work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=body, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def sqlite_store(path: Path | str) -> nightcrier.SQLiteStore:
+    """A SQLite store, made and migrated as the program does it."""
+    path = Path(path)
+    target = sql_database.SQLiteMigrationTarget(path)
+    try:
+        sql_database.migrate_up(target, sql_database.load_migrations("sqlite"), applied_by="test")
+    finally:
+        target.close()
+    return nightcrier.SQLiteStore(path)
+
+
+class Opener:
+    """Opens the stores of one test, again and again at the same place, and closes them."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind = kind
+        self.place = folder / ("nightcrier.db" if kind == "sqlite" else "store")
+        self._opened: list[Any] = []
+
+    def __call__(self) -> Any:
+        if self.kind == "sqlite":
+            store: Any = sqlite_store(self.place)
+        else:
+            store = nightcrier.FilesystemStore(self.place)
+        self._opened.append(store)
+        return store
+
+    def close_all(self) -> None:
+        for store in self._opened:
+            store.close()
+
+
+@pytest.fixture(params=["sqlite", "filesystem"])
+def open_again(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
+    opener = Opener(request.param, tmp_path)
+    yield opener
+    opener.close_all()
+
+
+@pytest.fixture
+def store(open_again: Opener) -> Any:
+    """A new store of each kind: what a test with this fixture says holds for all of them."""
+    return open_again()
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[nightcrier.SQLiteStore]:
+    opener = Opener("sqlite", tmp_path)
+    yield opener()
+    opener.close_all()
+
+
+def query(store: Any, sql: str, **params: Any) -> list[tuple[Any, ...]]:
+    """Ask the store's database directly."""
+    rows: list[tuple[Any, ...]] = store._database.read(lambda tx: tx.run(sql, **params))
+    return rows
+
+
+TABLES = (
+    "fault_events",
+    "incidents",
+    "incident_transitions",
+    "agent_executions",
+    "triage_reports",
+    "notifications",
+    "clusters",
+    "cluster_gaps",
+    "holds",
+    "workers",
+)
+
+
+def dump(store: Any) -> dict[str, list[tuple[Any, ...]]]:
+    """Every row of every table: what did not change anything leaves the same dump."""
+    return {table: sorted(query(store, f"select * from {table}"), key=repr) for table in TABLES}
+
+
+def ids(incidents: Iterable[Incident]) -> list[str]:
+    return [incident.incident_id for incident in incidents]
+
+
+def claim_one(store: Any, worker: str = "w1", lease: timedelta = LEASE) -> Incident:
+    incident: Incident
+    (incident,) = store.claim_incidents(worker, 1, lease)
+    return incident
+
+
+def claim_all(store: Any, worker: str = "w1", *, step: int = 100) -> list[Incident]:
+    """Claim until nothing is left, in the order of the claims."""
+    found: list[Incident] = []
+    while batch := store.claim_incidents(worker, step, LEASE):
+        found += batch
+    return found
+
+
+def every_page(store: Any, wanted: Any, limit: int = 3) -> list[Sequence[Incident]]:
+    pages, cursor = [], None
+    while True:
+        page = store.list_incidents(wanted, cursor=cursor, limit=limit)
+        pages.append(page.incidents)
+        if (cursor := page.cursor) is None:
+            return pages

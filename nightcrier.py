@@ -1925,12 +1925,12 @@ class _ListQueries:
     _database: Database
 
     def get_incident(self, incident_id: str) -> Incident | None:
-        """Newest first; pass a page's cursor to get the next."""
         return self._database.read(lambda tx: find_incident(tx, incident_id))
 
     def list_incidents(
         self, wanted: IncidentFilter, *, cursor: str | None = None, limit: int = 50
     ) -> IncidentPage:
+        """Newest first; pass a page's cursor to get the next."""
         conditions, params = _conditions(wanted)
         if cursor is not None:
             conditions.append("i.incident_id < :cursor")
@@ -1950,7 +1950,6 @@ class _ListQueries:
         )
 
     def list_transitions(self, incident_id: str) -> list[Transition]:
-        """Executions on this host that nobody has closed."""
         rows = self._database.read(
             lambda tx: tx.run(
                 f"""select {", ".join(_TRANSITION_FIELDS)} from incident_transitions
@@ -1966,6 +1965,7 @@ class _ListQueries:
         )
 
     def open_executions(self, host: str) -> list[AgentExecution]:
+        """Executions on this host that nobody has closed."""
         # An open execution belongs to a running incident: the join keeps this to a few rows.
         return self._executions(
             """host = :host and completed_at is null and incident_id in
@@ -2039,7 +2039,6 @@ class _ClusterQueries:
     _database: Database
 
     def save_clusters(self, records: Sequence[ClusterRecord]) -> None:
-        """Store gaps; a gap that is already stored (same cluster and start) is updated."""
         now = format_time(utc_now())
         changed = [name for name in _CLUSTER_FIELDS if name != "cluster"]
         statement = (
@@ -2059,6 +2058,7 @@ class _ClusterQueries:
         return [ClusterRecord(**_values(_CLUSTER_FIELDS, row)) for row in rows]
 
     def save_gaps(self, gaps: Sequence[ClusterGap]) -> None:
+        """Store gaps; a gap that is already stored (same cluster and start) is updated."""
         statement = (
             _insert("cluster_gaps", _GAP_FIELDS)
             + " on conflict (cluster, lost_at) do update set restored_at = excluded.restored_at"

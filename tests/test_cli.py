@@ -694,12 +694,14 @@ def test_the_demo_shows_the_whole_pipeline(tmp_path: Path) -> None:
 
 
 def test_a_second_demo_takes_a_new_file_or_the_one_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "nightcrier-demo.db").touch()
     assert nightcrier("demo", cwd=tmp_path).returncode == 0
-    assert nightcrier("demo", cwd=tmp_path).returncode == 0
-    done = nightcrier("demo", "--sqlite", "nightcrier-demo.db", cwd=tmp_path)
+    assert (tmp_path / "nightcrier-demo.db").stat().st_size == 0
+    database = tmp_path / "nightcrier-demo-2.db"
+    first = sum(statuses(database).values())
+    done = nightcrier("demo", "--sqlite", database.name, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    first = sum(statuses(tmp_path / "nightcrier-demo.db").values())
-    assert first == 2 * sum(statuses(tmp_path / "nightcrier-demo-2.db").values())
+    assert sum(statuses(database).values()) == 2 * first
 
 
 def test_the_demo_keeps_running_when_told_and_ends_on_sigterm(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_mcp import a_fault
 from running_program import (
     GOOD_AGENT,
     Clusters,
@@ -170,10 +171,12 @@ def test_however_often_the_program_is_killed_every_accepted_event_ends_once(
 
 
 def test_the_laws_find_what_they_are_there_for(tmp_path: Path) -> None:
-    done = nightcrier("demo", "--sqlite", "n.db", cwd=tmp_path)
-    assert done.returncode == 0
+    (tmp_path / "fault.json").write_text(json.dumps(a_fault()))
+    agent = ("--agent-cli", "command", "--agent-command", an_agent())
+    done = nightcrier("replay", "fault.json", *agent, "--sqlite", "n.db", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     database = tmp_path / "n.db"
-    assert broken_laws(database) == {"a fault that was sent once is stored once": [("cart-6f7d",)]}
+    assert broken_laws(database) == {}
     harm = {
         "an incident is at its end": "update incidents set completed_at = null, status = 'PENDING'",
         "transitions are numbered from 1 on": "update incident_transitions set seq = seq + 100",

@@ -251,7 +251,7 @@ def test_the_agent_of_a_worker_gets_no_variable_but_those_of_the_allow_list(
         *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
         *("SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS"),
     }
-    always = {"INCIDENT_ID", "SUPERVISED_RUN", "REPORT"}
+    always = {"INCIDENT_ID", "SUPERVISED_RUN", "REPORT", "KUBECONFIG"}
     assert names - always == {name for name in allowed if name in os.environ}
     assert always <= names
     assert f"INCIDENT_ID={incident.incident_id}" in words

@@ -95,10 +95,15 @@ from sql_database import (
     StoreUnavailable,
     Transaction,
     copy_sqlite,
+    format_time,
+    id_floor,
     load_migrations,
     migrate_up,
+    new_id,
+    parse_time,
     sqlite_errors,
     sync_file,
+    utc_now,
     write_file,
 )
 
@@ -425,55 +430,6 @@ class WorkerRecord:
     state: str = "running"  # running | draining | stopped
 
 
-def utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
-def format_time(moment: datetime) -> str:
-    """UTC ISO 8601 with microseconds and `Z`: text order is time order."""
-    # not strftime: its %Y does not pad the year 1, which is Go's zero time
-    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
-
-
-def parse_time(text: str) -> datetime | None:
-    """Read an RFC 3339 time of any offset (none means UTC); None if it is not one."""
-    try:
-        moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError):
-        return None
-
-
-class _UUID7:
-    """UUIDv7 (RFC 9562 section 5.7) that only grow within a process.
-
-    `rand_a` holds the fraction of the millisecond (section 6.2, method 3); where the clock stands
-    still or goes back, the last value is counted up.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last = 0
-
-    def __call__(self) -> str:
-        milliseconds, rest = divmod(time.time_ns() // 1000, 1000)
-        with self._lock:
-            self._last = ticks = max((milliseconds << 12) | (rest * 4096 // 1000), self._last + 1)
-        value = (ticks >> 12) << 80 | 7 << 76 | (ticks & 0xFFF) << 64
-        value |= 0b10 << 62 | secrets.randbits(62)
-        text = f"{value:032x}"
-        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
-
-
-new_id = _UUID7()
-
-
-def id_floor(moment: datetime) -> str:
-    """An id just below every one that `new_id` makes from `moment` (to the millisecond) on."""
-    text = f"{max(0, int(moment.timestamp() * 1000)):012x}"
-    return f"{text[:8]}-{text[8:12]}-0000-0000-000000000000"
-
-
 def jitter(low: float, high: float) -> float:
     """A random number between the two: what many do now and then, they do not do together."""
     return low + (high - low) * secrets.randbelow(1_000_000) / 1_000_000
@@ -511,6 +467,20 @@ def clean_json(value: object) -> object:
     return value
 
 
+def storable_json(value: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A JSON object in which every text is storable, and the object as JSON.
+
+    Nearly always it is so already, and one search over all of it says so.
+    """
+    dump = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+    with contextlib.suppress(ValueError):  # a number that JSON does not know
+        text = dump(value, allow_nan=False)
+        if "\\u0000" not in text and not _UNSTORABLE.search(text):
+            return value, text
+    clean = {clean_text(str(key)): clean_json(item) for key, item in value.items()}
+    return clean, dump(clean)
+
+
 _CONTROL = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -529,7 +499,7 @@ class MalformedEvent(NightcrierError):
 def _text_of(mapping: Mapping[str, Any], key: str, limit: int | None = NAME_LIMIT) -> str:
     """A text field; one that is missing or of another type is the same as empty."""
     value = mapping.get(key)
-    return clean_text(value, limit) if isinstance(value, str) else ""
+    return value[:limit] if isinstance(value, str) else ""
 
 
 def as_mapping(value: object) -> Mapping[str, Any]:
@@ -554,7 +524,7 @@ def parse_event(
     if not isinstance(data, dict):
         raise MalformedEvent(f"params.data is {type(data).__name__}, not an object")
     try:
-        payload = json.dumps(clean_json(data), ensure_ascii=False, separators=(",", ":"))
+        data, payload = storable_json(data)
     except RecursionError:
         raise MalformedEvent("params.data is nested too deeply") from None
     common: dict[str, Any] = {
@@ -1425,7 +1395,8 @@ def _stored(value: object) -> object:
 
 
 def _params(item: Any, fields: Sequence[str]) -> dict[str, Any]:
-    return {name: _stored(getattr(item, name)) for name in fields}
+    values = {name: getattr(item, name) for name in fields}
+    return {k: format_time(v) if isinstance(v, datetime) else v for k, v in values.items()}
 
 
 _ENUMS: Mapping[str, Callable[[Any], Any]] = {
@@ -4193,7 +4164,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     print(f"ok    configuration: {len(config.clusters)} clusters")
     checks: list[tuple[str, Callable[[], str]]] = [
         ("database", lambda: _check_store(config)),
-        ("workspaces", lambda: _check_workspace(config)),
+        ("workspaces", lambda: _must_be_writable(config.workspace_root.absolute())),
     ]
     if config.role is not Role.INGEST:
         checks.append(("agent", lambda: find_agent(config)))
@@ -4212,13 +4183,18 @@ def cmd_check(args: argparse.Namespace) -> int:
     return exit_code
 
 
+def _must_be_writable(path: Path) -> str:
+    folder = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StoreUnavailable(f"{path} cannot be used: {folder} is not writable")
+    return str(path)
+
+
 def _check_store(config: Config) -> str:
     if config.state_store == "filesystem":
         return "filesystem store: for one process only"
-    if not os.path.exists(config.sqlite):
-        folder = next(path for path in config.sqlite.absolute().parents if os.path.exists(path))
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise StoreUnavailable(f"{config.sqlite} cannot be made: {folder} is not writable")
+    if not config.sqlite.exists():
+        _must_be_writable(config.sqlite.absolute().parent)
         return f"{config.sqlite} will be made"
     target = SQLiteMigrationTarget(config.sqlite)
     try:
@@ -4226,14 +4202,6 @@ def _check_store(config: Config) -> str:
     finally:
         target.close()
     return f"{config.sqlite}, " + (f"{len(pending)} migrations pending" if pending else "schema ok")
-
-
-def _check_workspace(config: Config) -> str:
-    root = config.workspace_root.absolute()
-    folder = next(path for path in (root, *root.parents) if os.path.exists(path))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise NightcrierError(f"{root} cannot be used: {folder} is not writable")
-    return str(root)
 
 
 def _check_cluster(cluster: ClusterConfig) -> str:

@@ -1,9 +1,10 @@
 """SQL databases: migrations and engines; nothing here knows of incidents.
 
 1. Errors, each with an exit code and a message that says what to do.
-2. Migrations: numbered SQL files, each applied with its record in one transaction.
-3. Files: written whole or not at all, and locks that end with the process.
-4. SQLite: opening, copying, and one writer thread that shares a commit between its callers.
+2. Values: times and keys as they are stored.
+3. Migrations: numbered SQL files, each applied with its record in one transaction.
+4. Files: written whole or not at all, and locks that end with the process.
+5. SQLite: opening, copying, and one writer thread that shares a commit between its callers.
 
 nightcrier.py uses this module for its sections 5 and 6; it imports nothing from there.
 """
@@ -18,7 +19,9 @@ import logging
 import os
 import queue
 import re
+import secrets
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -81,7 +84,62 @@ class DriverMissing(StoreError):
 
 
 # ============================================================================
-# 2. Migrations
+# 2. Values
+# Times and keys as they are stored: text, whose order is the order of time.
+# ============================================================================
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def format_time(moment: datetime) -> str:
+    """UTC ISO 8601 with microseconds and `Z`: text order is time order."""
+    # not strftime: its %Y does not pad the year 1, which is Go's zero time
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")[:26] + "Z"
+
+
+def parse_time(text: str) -> datetime | None:
+    """Read an RFC 3339 time of any offset (none means UTC); None if it is not one."""
+    try:
+        moment = datetime.fromisoformat(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+class _UUID7:
+    """UUIDv7 (RFC 9562 section 5.7) that only grow within a process.
+
+    `rand_a` holds the fraction of the millisecond (section 6.2, method 3); where the clock stands
+    still or goes back, the last value is counted up.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0
+
+    def __call__(self) -> str:
+        milliseconds, rest = divmod(time.time_ns() // 1000, 1000)
+        with self._lock:
+            self._last = ticks = max((milliseconds << 12) | (rest * 4096 // 1000), self._last + 1)
+        value = (ticks >> 12) << 80 | 7 << 76 | (ticks & 0xFFF) << 64
+        value |= 0b10 << 62 | secrets.randbits(62)
+        text = f"{value:032x}"
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+new_id = _UUID7()
+
+
+def id_floor(moment: datetime) -> str:
+    """An id just below every one that `new_id` makes from `moment` (to the millisecond) on."""
+    text = f"{max(0, int(moment.timestamp() * 1000)):012x}"
+    return f"{text[:8]}-{text[8:12]}-0000-0000-000000000000"
+
+
+# ============================================================================
+# 3. Migrations
 # A file that was applied is never edited; its checksum is kept.
 # ============================================================================
 
@@ -237,7 +295,7 @@ def _record(target: MigrationTarget, migration: Migration, applied_by: str) -> N
         version=migration.version,
         name=migration.name,
         checksum=migration.checksum,
-        applied_at=datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        applied_at=format_time(utc_now()),
         applied_by=applied_by,
     )
 
@@ -269,7 +327,7 @@ def plan(target: MigrationTarget, migrations: Sequence[Migration]) -> str:
 
 
 # ============================================================================
-# 3. Files
+# 4. Files
 # Durable means that it survives the loss of power.
 # ============================================================================
 
@@ -321,7 +379,7 @@ class FileLock:
 
 
 # ============================================================================
-# 4. SQLite
+# 5. SQLite
 # Every failure of the library becomes an error that says what to do.
 # ============================================================================
 
@@ -487,7 +545,7 @@ class SQLiteMigrationTarget:
     def safety_copy(self, label: str) -> Path | None:
         if not self.run("select 1 from sqlite_master limit 1"):
             return None
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+        stamp = utc_now().strftime("%Y%m%dT%H%M%S%f")
         copy = self._path.with_name(f"{self._path.name}.{label}.{stamp}.backup")
         copy_sqlite(self._connection, copy)
         self.safety_copies.append(copy)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nightcrier
+import sql_database
 from conftest import MINUTE, NOON, an_event, events_of, in_threads
 from nightcrier import IncidentStatus as S
 from nightcrier import MalformedEvent, QueueLanes, Severity, SubscribeMode
@@ -45,7 +46,7 @@ def test_ids_only_grow_and_never_repeat_in_many_threads() -> None:
 def test_ids_grow_although_the_clock_stands_still_or_goes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    make = nightcrier._UUID7()
+    make = sql_database._UUID7()
     times = iter([5_000_000_000, 5_000_000_000, 4_000_000_000, 5_000_001_000])
     monkeypatch.setattr("time.time_ns", lambda: next(times))
 

@@ -4255,6 +4255,7 @@ async def _demo(config: Config, simulation: mcp_client.Simulation, *, keep_runni
     try:
         await asyncio.wait([running, show], timeout=90.0, return_when=asyncio.FIRST_COMPLETED)
         if keep_running and show.done() and not running.done():
+            print(show.result()[1])
             print(f"\nstill running: curl http://{daemon.health_address}/health/clusters")
             print("Ctrl-C ends it", flush=True)
             await asyncio.wait([running])
@@ -4263,35 +4264,38 @@ async def _demo(config: Config, simulation: mcp_client.Simulation, *, keep_runni
         daemon.stop()
         await running
     await asyncio.wait([show])
-    return 1 if show.cancelled() else show.result()
+    if show.cancelled():
+        print("demo ended before all faults were investigated")
+        return 1
+    right, summary = show.result()
+    if not keep_running:
+        print(summary)
+    return 0 if right else 1
 
 
-async def _show(daemon: Daemon, simulation: mcp_client.Simulation) -> int:
-    """Print what happens and what became of it; 0 if that is what should become of it."""
+async def _show(daemon: Daemon, simulation: mcp_client.Simulation) -> tuple[bool, str]:
+    """Print what happens; whether each fault became one finished incident, and a summary."""
     expected: collections.Counter[str] = collections.Counter()
     began = utc_now()
     async for message in simulation.messages():
         if "cut" in message:
-            print(_coloured("33", f"--- cluster {message['cut']} loses its connection"))
-            continue
-        fault = message["fault"]
-        expected[fault["faultId"]] += 1
-        name = f"{fault['resource']['kind']} {fault['resource']['name']}"
-        said = f"--- cluster {fault['cluster']}: {fault['faultType']} of {name}"
-        print(_coloured("36", f"{said} ({fault['severity']})"), flush=True)
-    incidents = await _demo_incidents(daemon, sum(expected.values()), began)
-    reports = [
-        await daemon.store.call(daemon.store.sync.get_report, incident.incident_id)
-        for incident in incidents
-    ]
-    roots = [report.root_cause if report else None for report in reports]
-    print("\n" + demo_table(zip(incidents, roots, strict=True)))
-    print(_demo_hints(daemon.config))
-    found = collections.Counter(incident.event.fault_fingerprint for incident in incidents)
-    if found == expected and all(incident.status in TERMINAL for incident in incidents):
-        return 0
-    print(f"demo failed: {expected.total()} faults, {len(incidents)} incidents")
-    return 1
+            said = _coloured("33", f"--- cluster {message['cut']} loses its connection")
+        else:
+            fault = message["fault"]
+            expected[fault["faultId"]] += 1
+            name = f"{fault['resource']['kind']} {fault['resource']['name']}"
+            said = f"--- cluster {fault['cluster']}: {fault['faultType']} of {name}"
+            said = _coloured("36", f"{said} ({fault['severity']})")
+        print(said, flush=True)
+    rows = []
+    for incident in await _demo_incidents(daemon, expected.total(), began):
+        report = await daemon.store.call(daemon.store.sync.get_report, incident.incident_id)
+        rows.append((incident, report.root_cause if report else None))
+    found = collections.Counter(incident.event.fault_fingerprint for incident, _ in rows)
+    right = found == expected and all(incident.status in TERMINAL for incident, _ in rows)
+    said = f"{expected.total()} faults, {len(rows)} incidents"
+    said += ": each fault is one finished incident" if right else ": DEMO FAILED"
+    return right, f"\n{demo_table(rows)}\n\n{said}\n{_demo_hints(daemon.config)}"
 
 
 async def _demo_incidents(daemon: Daemon, count: int, began: datetime) -> list[Incident]:

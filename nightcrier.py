@@ -3336,6 +3336,8 @@ class Worker:
         )
         self.problem: str | None = None  # why incidents cannot be claimed at the moment
         self.config = config
+        self._lease = timedelta(seconds=config.lease_duration)  # for good: claims rely on it
+        self._heartbeat = config.lease_duration / 4
         self._store = store
         self._supervisor = supervisor
         self._runs: set[_Run] = set()
@@ -3350,8 +3352,6 @@ class Worker:
         self._system_prompt = _read_system_prompt(config)
         self.config = config
         self._clusters = {cluster.name: cluster for cluster in config.clusters}
-        self._lease = timedelta(seconds=config.lease_duration)
-        self._heartbeat = config.lease_duration / 4
 
     def wake(self) -> None:
         self._wake.set()
@@ -3478,7 +3478,7 @@ class Worker:
                     self._wake.set()
             except StoreError as error:
                 log.debug("expired leases cannot be looked for: %s", error)
-            await asyncio.sleep(min(self.SWEEP, self.config.lease_duration))
+            await asyncio.sleep(min(self.SWEEP, self._lease.total_seconds()))
 
     async def _investigate(self, run: _Run) -> None:
         incident = run.incident

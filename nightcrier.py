@@ -1352,12 +1352,9 @@ def program_id() -> str:
 
 def migrate_sqlite(path: Path) -> None:
     """Bring the schema of a database file up to date; make the file if it is missing."""
-    target = SQLiteMigrationTarget(path)
-    try:
+    with contextlib.closing(SQLiteMigrationTarget(path)) as target:
         for migration in migrate_up(target, load_migrations("sqlite"), applied_by=program_id()):
             log.info("migration applied", extra={"migration": str(migration)})
-    finally:
-        target.close()
 
 
 # ============================================================================
@@ -1779,12 +1776,21 @@ class _IncidentQueries:
         )
 
 
+# A queue key is a virtual time, and may lie ahead of the clock; only that of a retry is a date.
+_DUE = """
+    (attempt = 0 or queue_key <= :clock or 'agent_retry' <>
+     (select reason from incident_transitions t where t.incident_id = i.incident_id
+      order by seq desc limit 1))"""
+
+
 def _pick_head(tx: Transaction, limit: int) -> list[Incident]:
     """One probe of the queue's index, however much is pending or finished."""
     rows = tx.run(
         f"""{_SELECT_INCIDENT}
-            where i.status = 'PENDING' order by i.queue_key, i.incident_id limit :limit""",
+            where i.status = 'PENDING' and {_DUE}
+            order by i.queue_key, i.incident_id limit :limit""",
         limit=limit,
+        clock=microseconds(utc_now()),
     )
     return [_incident_from(row) for row in rows]
 
@@ -1804,10 +1810,11 @@ def _pick_around(
         room = max_per_cluster - running.get(cluster, 0) if max_per_cluster else limit
         if cluster not in held and room > 0:
             found += tx.run(
-                """select queue_key, incident_id from incidents
-                   where status = 'PENDING' and cluster = :cluster
-                   order by queue_key, incident_id limit :limit""",
+                f"""select queue_key, incident_id from incidents i
+                    where status = 'PENDING' and cluster = :cluster and {_DUE}
+                    order by queue_key, incident_id limit :limit""",
                 cluster=cluster,
+                clock=microseconds(utc_now()),
                 limit=min(room, limit),
             )
     picked = (find_incident(tx, incident_id) for _, incident_id in sorted(found)[:limit])
@@ -2312,7 +2319,8 @@ def open_store(config: Config) -> StateStore:
 class AsyncStore:
     """Calls a StateStore from async code, on a few threads of its own.
 
-    A call that was made is carried out even if nobody waits for it any more.
+    A call that was made is carried out even if nobody waits for it any more. What the host runs
+    out of (threads, memory, locks) makes a store as unavailable as a full disk does.
     """
 
     def __init__(self, store: StateStore, threads: int = 8) -> None:
@@ -2320,8 +2328,11 @@ class AsyncStore:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="store")
 
     async def call(self, method: Callable[..., T], *args: Any, **options: Any) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: method(*args, **options))
+        work = functools.partial(method, *args, **options)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except (OSError, RuntimeError, MemoryError) as error:
+            raise StoreUnavailable(f"the database cannot be asked now: {error!r}") from error
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -2430,7 +2441,7 @@ class Inbox:
                 )
                 break
             except Exception as error:
-                # Only a row that is refused is the event's fault; anything else may pass.
+                # A row that is refused, or a defect, is the event's fault; anything else may pass.
                 if isinstance(error, StoreError) and not isinstance(error, RowRefused):
                     self.problem = str(error)
                     if self._throttle.admit("unavailable") is not None:
@@ -2605,8 +2616,8 @@ class ClusterWatcher:
                     raise
                 delay = self._delay(error, failures)
             except (mcp_client.ConnectionLost, mcp_client.ServerBusy) as error:
-                self._update(last_error=str(error))
                 delay = self._delay(error, failures)
+                self._lost(str(error), ConnectionState.FAILED, delay)
             await asyncio.sleep(delay)
             failures += 1
         try:
@@ -2753,12 +2764,11 @@ class ClusterWatch:
         self._dirty: set[ClusterWatcher] = set()
         self._urgent = asyncio.Event()
         self._written: dict[str, ConnectionState] = {}
+        self._triage: dict[str, bool] = {}  # kept when a watch ends: its last events come later
         self.watchers: dict[str, ClusterWatcher] = {}
 
     def without_triage(self) -> frozenset[str]:
-        return frozenset(
-            name for name, watcher in self.watchers.items() if not watcher.cluster.triage_enabled
-        )
+        return frozenset(name for name, wanted in self._triage.items() if not wanted)
 
     async def start(self, clusters: Iterable[ClusterConfig]) -> None:
         """Watch these clusters; a watch that an earlier run left open becomes a gap."""
@@ -2789,6 +2799,7 @@ class ClusterWatch:
             earlier=earlier,
             gap=gap,
         )
+        self._triage[cluster.name] = cluster.triage_enabled
         self.watchers[cluster.name] = watcher
         self._tasks[cluster.name] = asyncio.create_task(watcher.run(), name=f"watch {cluster.name}")
 
@@ -3335,7 +3346,6 @@ class Worker:
             started_at=utc_now(),
         )
         self.problem: str | None = None  # why incidents cannot be claimed at the moment
-        self.config = config
         self._lease = timedelta(seconds=config.lease_duration)  # for good: claims rely on it
         self._heartbeat = config.lease_duration / 4
         self._store = store
@@ -3372,9 +3382,11 @@ class Worker:
             asyncio.create_task(self._sweep(), name="lease sweep"),
         ]
         try:
-            while not self._draining:
-                await self._work()
-            await self._finish()
+            try:
+                while not self._draining:
+                    await self._work()
+            finally:  # whatever ended it: agents are released, not killed and called failed
+                await self._finish()
         finally:
             for beat in beats:
                 beat.cancel()
@@ -3405,6 +3417,7 @@ class Worker:
         self._wake.clear()
         try:
             if free > 0 and await self._store.call(self._store.sync.has_pending):
+                _require_room(self.config.workspace_root)
                 claimed = await self._store.call(
                     self._store.sync.claim_incidents,
                     self.record.worker_id,
@@ -3443,7 +3456,10 @@ class Worker:
         renewed = time.monotonic()
         while True:
             await asyncio.sleep(self._heartbeat)
-            runs, asked = list(self._runs), time.monotonic()
+            by_attempt = sorted(self._runs, key=lambda run: run.incident.attempt)
+            # The newest attempt of each: `lost` names incidents, and must not mean an earlier one.
+            runs = {run.incident.incident_id: run for run in by_attempt}.values()
+            asked = time.monotonic()
             # One heartbeat before the lease ends: whoever takes over must be alone.
             last = renewed + 3 * self._heartbeat
             try:
@@ -3472,9 +3488,8 @@ class Worker:
                 for incident in await self._store.call(
                     self._store.sync.release_expired, self.config.max_attempts
                 ):
-                    log.warning(
-                        "a lease ran out", extra={**_where(incident), "status": incident.status}
-                    )
+                    extra = {**_where(incident), "status": incident.status}
+                    log.warning("a lease ran out", extra=extra)
                     self._wake.set()
             except StoreError as error:
                 log.debug("expired leases cannot be looked for: %s", error)
@@ -3661,6 +3676,16 @@ class Worker:
             agent_retries=self.config.agent_retries,
             retry_delay=self.RETRY_DELAY,
         )
+
+
+_ROOM = 8_000_000  # bytes: a workspace with the largest event, before the agent has begun
+
+
+def _require_room(root: Path) -> None:
+    """Without room for a workspace incidents wait in the queue, instead of failing."""
+    place = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    if shutil.disk_usage(place).free < _ROOM:
+        raise StoreUnavailable(f"{root}: the disk is full: make room, work goes on by itself")
 
 
 def _where(incident: Incident) -> dict[str, Any]:
@@ -3896,12 +3921,14 @@ class Daemon:
             self._changed.clear()
             try:
                 config = await asyncio.to_thread(self._reread)
+                if self.config.role is not Role.INGEST:
+                    find_agent(config)  # as at the start: each incident would be FAILED
                 redact.add(config.secrets())
                 mcp_client.make_tls_context.cache_clear()  # ca_files may have changed
                 self.worker.use(config)
                 if self.config.role is not Role.WORKER:
                     await self.watch.reload(config.clusters)
-            except (ConfigError, StoreError) as error:
+            except (NightcrierError, StoreError) as error:
                 for problem in str(error).splitlines():
                     log.error("configuration not reloaded: %s", problem)
 
@@ -4084,8 +4111,7 @@ def cmd_migrate(args: argparse.Namespace) -> int:
     if args.action != "up" and not os.path.exists(config.sqlite):
         raise StoreUnavailable(f"{config.sqlite} is not there: name the database with --sqlite")
     migrations = load_migrations("sqlite")
-    target = SQLiteMigrationTarget(config.sqlite)
-    try:
+    with contextlib.closing(SQLiteMigrationTarget(config.sqlite)) as target:
         if args.action == "status":
             _print_status(target, migrations)
         elif args.action == "plan":
@@ -4100,8 +4126,6 @@ def cmd_migrate(args: argparse.Namespace) -> int:
             print("\n".join(f"undone {migration}" for migration in undone) or "nothing to undo")
         for copy in target.safety_copies:
             print(f"the database as it was: {copy}")
-    finally:
-        target.close()
     return 0
 
 
@@ -4196,11 +4220,8 @@ def _check_store(config: Config) -> str:
     if not config.sqlite.exists():
         _must_be_writable(config.sqlite.absolute().parent)
         return f"{config.sqlite} will be made"
-    target = SQLiteMigrationTarget(config.sqlite)
-    try:
+    with contextlib.closing(SQLiteMigrationTarget(config.sqlite)) as target:
         pending = sql_database.pending_migrations(target, load_migrations("sqlite"))
-    finally:
-        target.close()
     return f"{config.sqlite}, " + (f"{len(pending)} migrations pending" if pending else "schema ok")
 
 

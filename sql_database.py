@@ -596,7 +596,10 @@ def _turn(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StoreUnavailable(f"{path}.lock cannot be opened: {error.strerror}") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise StoreUnavailable(f"{path}.lock cannot be locked: {error.strerror}") from error
         yield
     finally:
         os.close(handle)
@@ -619,6 +622,7 @@ class SQLiteDatabase:
 
     MAX_JOBS = 500
     READERS = 3
+    PATIENCE = 15.0  # seconds until a caller hears that another process holds the write lock
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -640,7 +644,15 @@ class SQLiteDatabase:
             if self._closed:
                 raise self._is_closed()
             self._jobs.put(waiting)
-        result: T = waiting.answer.result()
+        try:
+            result: T = waiting.answer.result(self.PATIENCE)
+        except TimeoutError:
+            if waiting.answer.cancel():  # it has not begun, and will not
+                raise StoreUnavailable(
+                    f"database {self._path}: another nightcrier holds {self._path}.lock and does "
+                    "not go on: resume or end it"
+                ) from None
+            result = waiting.answer.result()
         return result
 
     def read(self, job: Callable[[Transaction], T]) -> T:
@@ -673,12 +685,13 @@ class SQLiteDatabase:
                 return
             self._closed = True
             self._jobs.put(None)
-        self._writer.join()
+        self._writer.join(self.PATIENCE)
         for _ in range(self.READERS):
             if reader := self._readers.get():
                 reader.close()
         self._readers.put(None)
-        self._connection.close()
+        if not self._writer.is_alive():  # else it waits for a lock, with nothing left to write
+            self._connection.close()
 
     def _write_loop(self) -> None:
         open_ = True
@@ -695,6 +708,7 @@ class SQLiteDatabase:
         failure: Exception | None = None
         try:
             with _turn(self._path):
+                jobs = [job for job in jobs if job.answer.set_running_or_notify_cancel()]
                 self._connection.execute("begin immediate")
                 for job in jobs:
                     self._run_job(job)
@@ -702,6 +716,8 @@ class SQLiteDatabase:
         except Exception as error:  # whatever it was, the callers must hear of it
             failure = self._round_failed(error)
         for job in jobs:
+            if not (job.answer.running() or job.answer.set_running_or_notify_cancel()):
+                continue  # its caller has given it up
             if failure or job.error:
                 job.answer.set_exception(failure or job.error)
             else:

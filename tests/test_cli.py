@@ -648,6 +648,26 @@ def test_sighup_reads_the_clusters_anew_and_a_mistake_changes_nothing(
     assert statuses(tmp_path / "nightcrier.db") == {"RESOLVED": 1}
 
 
+def test_a_reload_with_an_agent_that_is_not_there_changes_nothing(
+    clusters: Clusters, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+
+    def configure(agent: str) -> None:
+        file.write_text(f"agent_cli: command\nagent_command: {json.dumps(agent)}\n")
+
+    configure(an_agent())
+    options = [*clusters.flags(), "--config", file, "--health-listen", "127.0.0.1:0"]
+    with Program(*options, cwd=tmp_path) as program:
+        clusters.await_watch()
+        configure("/usr/local/bin/my-agnet")
+        program.signal(signal.SIGHUP)
+        assert "my-agnet" in program.wait_for("configuration not reloaded")
+        clusters.emit("alpha")
+        program.wait_for('"resolved"')
+        assert program.stop() == 0
+
+
 def test_a_signal_during_a_reload_stops_all_the_same(clusters: Clusters, tmp_path: Path) -> None:
     config_file(tmp_path, clusters, "alpha")
     with Program(cwd=tmp_path) as program:

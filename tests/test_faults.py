@@ -357,6 +357,31 @@ def test_outcomes_wait_for_room_on_the_disk_too(
             assert program.stop() == 0
 
 
+def test_incidents_wait_for_room_for_their_workspaces(
+    mount_namespace: list[str], disk: Path, tmp_path: Path
+) -> None:
+    database = tmp_path / "n.db"
+    with Clusters("alpha") as clusters:
+        options = [*clusters.flags(), "--health-listen", "127.0.0.1:0"]
+        options += ["--agent-cli", "command", "--agent-command", an_agent()]
+        with Program(
+            *("run", *options, "--sqlite", database, "--workspace-root", disk),
+            cwd=tmp_path,
+            wrapper=on_a_small_disk(mount_namespace, disk),
+        ) as program:
+            clusters.await_watch()
+            small = SmallDisk(mount_namespace, program, disk)
+            small.fill()
+            for number in range(20):
+                clusters.emit("alpha", f"pod-{number}")
+            assert "disk is full" in program.wait_for("incidents cannot be claimed")
+            assert program.get("/readyz")[0] == 503
+            eventually(lambda: statuses(database) == {"PENDING": 20})
+            small.make_room()
+            eventually(lambda: statuses(database) == {"RESOLVED": 20})
+            assert program.stop() == 0
+
+
 def test_a_database_directory_that_cannot_be_written_is_exit_code_4_and_one_line(
     mount_namespace: list[str], disk: Path, tmp_path: Path
 ) -> None:

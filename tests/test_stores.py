@@ -267,6 +267,20 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.parametrize("cap", [0, 5])
+def test_an_agent_is_tried_again_after_its_delay_and_not_before(store: Any, cap: int) -> None:
+    store.create_incidents([an_event(severity=nightcrier.Severity.INFO)])
+    incident = claim_one(store)
+    again = agent_failed(incident, agent_retries=2, retry_delay=timedelta(seconds=0.3))
+    assert store.complete_incident(incident, again) is S.PENDING
+    assert store.claim_incidents("w1", 1, LEASE, max_per_cluster=cap) == []
+    time.sleep(0.3)
+    (second,) = store.claim_incidents("w1", 1, LEASE, max_per_cluster=cap)
+    assert second.attempt == 2
+    store.release_incident(second, "released on shutdown")
+    assert claim_one(store).attempt == 3
+
+
 def test_what_a_killed_process_had_stored_is_there(open_again: Opener) -> None:
     writer = program(WRITER, open_again.kind, str(open_again.place.parent))
     out, errors = writer.communicate(timeout=60)
@@ -722,7 +736,7 @@ def test_an_incident_that_is_tried_again_waits_behind_what_came_meanwhile(store:
 
     found = reread(store, claimed)
     assert (found.completed_at, found.exit_code, found.failure_reason) == (None, None, None)
-    assert ids(claim_all(store, step=1))[-1] == claimed.incident_id
+    assert claimed.incident_id not in ids(claim_all(store, step=1))
 
 
 # --- looking things up ----------------------------------------------------------------------------
@@ -1277,6 +1291,19 @@ def test_a_foreign_writer_makes_the_store_unavailable_until_it_ends(sqlite: Any)
     foreign.close()
 
 
+def test_a_lock_that_the_host_refuses_makes_the_store_unavailable(
+    sqlite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sql_database.fcntl, "flock", refuse)
+        with pytest.raises(StoreUnavailable, match="No locks available"):
+            sqlite.create_incidents([an_event()])
+    assert len(sqlite.create_incidents([an_event()])) == 1
+
+
 def test_a_process_waits_for_its_turn_instead_of_racing_for_the_write_lock(sqlite: Any) -> None:
     stored = threading.Event()
 
@@ -1291,6 +1318,21 @@ def test_a_process_waits_for_its_turn_instead_of_racing_for_the_write_lock(sqlit
         assert not stored.wait(0.1)
     writer.join()
     assert stored.is_set()
+
+
+def test_a_process_that_is_frozen_in_its_turn_is_waited_for_a_while_only(
+    sqlite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql_database.SQLiteDatabase, "PATIENCE", 0.2)
+    late, event = an_event(), an_event()
+    path = sqlite._database._path
+    given_up = pytest.raises(StoreUnavailable, match="another nightcrier holds")
+    with sql_database._turn(path), given_up:
+        sqlite.create_incidents([late])
+    assert ids(sqlite.create_incidents([event])) == [event.event_id]
+    assert sqlite.get_incident(late.event_id) is None, "what was given up is not written later"
+    with sql_database._turn(path):
+        sqlite.close()  # does not hang either
 
 
 def test_a_full_disk_refuses_every_job_of_the_round_and_work_goes_on_with_room(sqlite: Any) -> None:

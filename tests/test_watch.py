@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import mcp_client
 import nightcrier
 from conftest import an_event, events_of, query
 from fake_mcp import (
@@ -212,6 +213,24 @@ def test_nothing_is_lost_while_the_store_is_unavailable(log: Log) -> None:
             assert stored == store.stored == [event.event_id for event in events]
         assert len(log.said("reading pauses")) == 1
         assert len(log.said("stored again")) == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(37, "No locks"), RuntimeError("can't start new thread"), MemoryError()]
+)
+def test_nothing_is_lost_while_the_host_lacks_something(error: Exception) -> None:
+    async def scenario() -> None:
+        store = StubStore()
+        store.failures = [error] * 3
+        events = events_of("prod", 3)
+        async with an_inbox(store) as (inbox, task, _):
+            for event in events:
+                await inbox.put(event)
+            inbox.close()
+            await task
+        assert store.stored == [event.event_id for event in events]
 
     run(scenario())
 
@@ -473,6 +492,21 @@ def test_a_cluster_without_triage_leaves_a_skipped_incident(sqlite: Store) -> No
     run(scenario())
 
 
+def test_events_without_triage_that_are_stored_after_the_watch_has_ended_are_skipped(
+    sqlite: Store,
+) -> None:
+    """As at every stop, and while a reload replaces the watch."""
+
+    async def scenario() -> None:
+        async with one_cluster(sqlite, triage_enabled=False) as (_, watched):
+            await watched.watch.close()
+            await watched.inbox.put(an_event("alpha"))
+            ((incident,),) = [await watched.stored(1)]
+            assert incident.status is IncidentStatus.SKIPPED
+
+    run(scenario())
+
+
 def test_the_same_fault_twice_is_two_incidents(sqlite: Store) -> None:
     async def scenario() -> None:
         async with one_cluster(sqlite) as (fake, watched):
@@ -703,6 +737,28 @@ def test_a_server_that_was_restarted_gets_a_new_session(sqlite: Store) -> None:
             fake.emit(a_fault())
             (incident,) = await watched.stored(1)
             assert incident.event.session_id == fake.session.session_id != old
+
+    run(scenario())
+
+
+def test_a_server_that_went_away_and_stays_away_is_seen_to_have_failed(
+    sqlite: Store, log: Log
+) -> None:
+    async def refuse(*_args: object) -> mcp_client.EventStream:
+        raise mcp_client.ConnectionLost("Connection refused")
+
+    async def scenario() -> None:
+        async with one_cluster(sqlite) as (fake, watched):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(mcp_client.MCPSession, "open_stream", refuse)
+                fake.drop_streams()
+                record = await watched.state("failed")
+                assert record.last_error == "Connection refused"
+                document = nightcrier.clusters_document([record])
+                assert document["summary"]["unhealthy"] == 1
+                assert log.said("Connection refused")
+            await watched.state("active")
+            assert len(watched.rows("select 1 from cluster_gaps")) <= 1, "one gap, not many"
 
     run(scenario())
 

@@ -692,6 +692,30 @@ def test_a_worker_that_claims_its_own_lost_incident_stops_the_first_agent_before
     asyncio.run(work())
 
 
+def test_the_loss_of_an_earlier_attempt_does_not_stop_the_one_that_holds_the_lease(
+    benches: Benches,
+) -> None:
+    async def work() -> None:
+        store = AsyncStore(benches.store)
+        worker = Worker(benches.config(lease_duration=1), store, Supervisor())
+        benches.store.create_incidents([an_event()])
+        runs = []
+        for lease in (EXPIRED, LEASE):
+            benches.store.release_expired(9)
+            runs.append(nightcrier._Run(claim_one(benches.store, worker.record.worker_id, lease)))
+            runs[-1].task = asyncio.create_task(asyncio.sleep(60))
+        worker._runs |= set(runs)
+        beat = asyncio.create_task(worker._beat())
+        await asyncio.sleep(0.6)  # two heartbeats
+        assert not runs[1].lost
+        for task in (beat, *(run.task for run in runs)):
+            assert task is not None
+            task.cancel()
+        store._threads.shutdown()
+
+    asyncio.run(work())
+
+
 # --- when the database is away --------------------------------------------------------------------
 
 
@@ -701,6 +725,7 @@ class Failing:
     def __init__(self, store: SQLiteStore) -> None:
         self._store = store
         self.failures: dict[str, float] = {}  # how many calls of a method are still to fail
+        self.error: Exception = StoreUnavailable("the database is away")  # and how
         self.hanging: dict[str, Any] = {}  # what a method waits for
         self.slow: dict[str, Any] = {}  # what its answer waits for
         self.calls: list[str] = []
@@ -714,7 +739,7 @@ class Failing:
                 self.hanging[name].wait()
             if self.failures.get(name, 0) > 0:
                 self.failures[name] -= 1
-                raise StoreUnavailable("the database is away")
+                raise self.error
             result = method(*args, **options)
             if name in self.slow:
                 self.slow[name].wait()
@@ -775,6 +800,45 @@ def test_claiming_goes_on_when_the_database_is_back(benches: Benches) -> None:
             await bench.until(lambda: bench.worker.problem is None)
 
     asyncio.run(work())
+
+
+def test_a_heartbeat_that_the_host_refuses_is_not_the_last_one(benches: Benches) -> None:
+    failing = Failing(benches.store)
+    (incident,) = benches.store.create_incidents([an_event()])
+
+    async def work() -> None:
+        config = benches.config(WAITING, lease_duration=2)
+        async with benches.working(config, failing) as bench:
+            await bench.until(bench.pids)
+            failing.error = OSError(37, "No locks available")
+            failing.failures["renew_leases"] = 1
+            await bench.until(lambda: failing.calls.count("renew_leases") >= 3)
+            bench.go()
+            await bench.until_ended(1)
+            assert bench.incident(incident).attempt == 1
+
+    asyncio.run(work())
+
+
+def test_a_worker_that_breaks_gives_its_incidents_back_and_calls_no_agent_failed(
+    benches: Benches,
+) -> None:
+    failing = Failing(benches.store)
+    (incident,) = benches.store.create_incidents([an_event()])
+
+    async def work() -> None:
+        config = benches.config(WAITING, shutdown_timeout=0)
+        async with benches.working(config, failing) as bench:
+            await bench.until(bench.pids)
+            failing.error = ValueError("a defect")
+            failing.failures["has_pending"] = 1
+            await bench.until(lambda: bench.status(incident) is not IncidentStatus.RUNNING)
+
+    with pytest.raises(ValueError, match="a defect"):
+        asyncio.run(work())
+    found = benches.store.get_incident(incident.incident_id)
+    assert found is not None
+    assert (found.status, found.attempts_charged) == (IncidentStatus.PENDING, 0)
 
 
 @linux

@@ -180,6 +180,20 @@ class ToolFailed(MCPError):
         self.retry = "slow" if permanent else "backoff"
 
 
+def jitter(low: float, high: float) -> float:
+    """A random number between the two: what many do now and then, they do not do together."""
+    return low + (high - low) * secrets.randbelow(1_000_000) / 1_000_000
+
+
+def backoff(failures: int, *, base: float = 1.0, ceiling: float = 60.0) -> float:
+    """Seconds to wait after the n-th failure in a row: full jitter below base * 2^n.
+
+    Full jitter spreads a thousand clients that lost the same server (AWS Architecture Blog,
+    "Exponential Backoff And Jitter").
+    """
+    return jitter(base, min(ceiling, base * 2.0 ** min(failures, 30)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MCPEndpoint:
     """Where a server is, and how to be let in.
@@ -1085,6 +1099,14 @@ class EventStream:
 
 _CHUNK_BYTES = 16_384
 _IDLE_SECONDS = 30.0  # from one request to the next, on one connection
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """`HOST:PORT`, IPv6 hosts in brackets, to its parts; raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:8080")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

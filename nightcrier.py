@@ -47,7 +47,6 @@ import os
 import platform
 import re
 import resource
-import secrets
 import shlex
 import shutil
 import signal
@@ -84,6 +83,7 @@ from agent_process import (
     run_program,
     signal_name,
 )
+from mcp_client import backoff, jitter, split_address
 from sql_database import (
     Database,
     FileLock,
@@ -430,20 +430,6 @@ class WorkerRecord:
     state: str = "running"  # running | draining | stopped
 
 
-def jitter(low: float, high: float) -> float:
-    """A random number between the two: what many do now and then, they do not do together."""
-    return low + (high - low) * secrets.randbelow(1_000_000) / 1_000_000
-
-
-def backoff(failures: int, *, base: float = 1.0, ceiling: float = 60.0) -> float:
-    """Seconds to wait after the n-th failure in a row: full jitter below base * 2^n.
-
-    Full jitter spreads a thousand clients that lost the same server (AWS Architecture Blog,
-    "Exponential Backoff And Jitter").
-    """
-    return jitter(base, min(ceiling, base * 2.0 ** min(failures, 30)))
-
-
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 NAME_LIMIT = 512  # characters; names are indexed, and PostgreSQL bounds what it can index
 
@@ -702,7 +688,7 @@ def _seconds(minimum: float, maximum: float = 30 * 86400.0) -> Callable[[object]
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word.lower(), list(known), n=1)
+    close = difflib.get_close_matches(word.lower(), [str(name) for name in known], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -762,14 +748,6 @@ def _names(value: object) -> tuple[str, ...]:
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
         return tuple(value)
     raise ValueError("must be a list of words")
-
-
-def split_address(text: str) -> tuple[str, int]:
-    """`HOST:PORT`, IPv6 hosts in brackets, to its parts; raises ValueError."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError("must be HOST:PORT, such as 127.0.0.1:8080")
-    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _address(value: object) -> str:
@@ -1006,7 +984,7 @@ def _check_endpoint(value: object) -> str:
         valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
     except ValueError:
         valid = None
-    if not valid or re.search(r"[\s\x00-\x1f\x7f]", url):
+    if not valid or re.search(r"[\s\x00-\x1f\x7f\ud800-\udfff]", url):
         raise ValueError(f"{one_line(url, 100)!r} must be a URL such as http://host:8080/mcp")
     if parts.username or parts.password:
         raise ValueError("must not hold a password: use api_key_file")
@@ -1166,8 +1144,8 @@ class _Reader:
             try:
                 return option.read(value)
             except ValueError as error:
-                shown = "" if option.secret else f", not {one_line(str(value), 60)!r}"
-                self.problems.append(f"{place}: {error}{shown}")
+                shown = "" if option.secret else f"{one_line(str(value), 60)!r} "
+                self.problems.append(f"{place}: {shown}{error}")
                 return option.default
         return option.default
 
@@ -2539,9 +2517,8 @@ class ClusterWatcher:
                     self._lost(repr(error), ConnectionState.FAILED, delay)
                 await asyncio.sleep(delay)
         finally:
-            self._lost(
-                "nightcrier stopped watching", ConnectionState.DISCONNECTED, level=logging.INFO
-            )
+            ended = "nightcrier stopped watching"
+            self._lost(ended, ConnectionState.DISCONNECTED, level=logging.DEBUG)
 
     def _delay(self, error: mcp_client.MCPError, failures: int) -> float:
         if isinstance(error, mcp_client.ServerBusy) and error.retry_after is not None:
@@ -3484,15 +3461,12 @@ class Worker:
 
     async def _sweep(self) -> None:
         while True:
-            try:
-                for incident in await self._store.call(
-                    self._store.sync.release_expired, self.config.max_attempts
-                ):
-                    extra = {**_where(incident), "status": incident.status}
-                    log.warning("a lease ran out", extra=extra)
-                    self._wake.set()
-            except StoreError as error:
-                log.debug("expired leases cannot be looked for: %s", error)
+            # First: a machine that slept, or a clock that was set, makes our own leases look old.
+            held = [run.incident for run in self._runs if not run.lost]
+            with contextlib.suppress(StoreError):
+                await self._store.call(self._store.sync.renew_leases, held, self._lease)
+            if await sweep_leases(self._store, self.config.max_attempts):
+                self._wake.set()
             await asyncio.sleep(min(self.SWEEP, self._lease.total_seconds()))
 
     async def _investigate(self, run: _Run) -> None:
@@ -3504,15 +3478,21 @@ class Worker:
             status = await self._write(self._store.sync.complete_incident, incident, completion)
             self._report_end(incident, status, completion)
         except LeaseLost as error:
-            log.warning("the lease is lost, nothing is written: %s", error, extra=_where(incident))
+            log.warning(
+                "the lease is lost, nothing is written: %s", error, extra=incident_fields(incident)
+            )
         except asyncio.CancelledError:
             if run.lost:
-                log.warning("the lease is lost, the agent was stopped", extra=_where(incident))
+                log.warning(
+                    "the lease is lost, the agent was stopped", extra=incident_fields(incident)
+                )
             else:
                 await self._release(run)
         except Exception as error:
-            log.exception("an investigation failed", extra=_where(incident))
-            await self._fail(run, f"internal error: {error!r}")
+            log.exception("an investigation failed", extra=incident_fields(incident))
+            with contextlib.suppress(StoreError, LeaseLost):
+                failed = self._failed(run, f"internal error: {error!r}")
+                await self._store.call(self._store.sync.complete_incident, incident, failed)
         finally:
             self._runs.discard(run)
             self._wake.set()
@@ -3525,18 +3505,15 @@ class Worker:
                 if earlier.task is not None:
                     await asyncio.wait([earlier.task])
 
-    async def _fail(self, run: _Run, reason: str) -> None:
-        with contextlib.suppress(StoreError, LeaseLost):
-            await self._store.call(
-                self._store.sync.complete_incident, run.incident, self._failed(run, reason)
-            )
-
     def _report_end(
         self, incident: Incident, status: IncidentStatus, completion: Completion
     ) -> None:
         level = logging.INFO if status is IncidentStatus.RESOLVED else logging.WARNING
-        reason = completion.failure_reason
-        log.log(level, "%s", status.lower(), extra={**_where(incident), "reason": reason})
+        extra = {**incident_fields(incident), "reason": completion.failure_reason}
+        if completion.report is not None:
+            extra |= {"confidence": completion.report.confidence}
+            extra |= {"root_cause": completion.report.root_cause}
+        log.log(level, "%s", status.lower(), extra=extra)
 
     async def _write(self, method: Callable[..., T], *args: Any) -> T:
         """Write an outcome; while the database cannot be written it waits in our hands."""
@@ -3562,14 +3539,14 @@ class Worker:
             await self._store.call(
                 self._store.sync.release_incident, run.incident, "released on shutdown", execution
             )
-            log.info("released", extra=_where(run.incident))
+            log.info("released", extra=incident_fields(run.incident))
         except (LeaseLost, StoreError) as error:
-            log.warning("could not be released: %s", error, extra=_where(run.incident))
+            log.warning("could not be released: %s", error, extra=incident_fields(run.incident))
 
     async def _attempt(self, run: _Run) -> Completion:
         """Run the agent once; every way that this can end is a Completion."""
         incident = run.incident
-        log.info("investigating", extra={**_where(incident), "attempt": incident.attempt})
+        log.info("investigating", extra={**incident_fields(incident), "attempt": incident.attempt})
         try:
             workspace, execution = await asyncio.to_thread(self._prepare, incident)
         except OSError as error:
@@ -3688,8 +3665,27 @@ def _require_room(root: Path) -> None:
         raise StoreUnavailable(f"{root}: the disk is full: make room, work goes on by itself")
 
 
-def _where(incident: Incident) -> dict[str, Any]:
-    return {"incident_id": incident.incident_id, "cluster": incident.cluster}
+async def sweep_leases(store: AsyncStore, max_attempts: int) -> bool:
+    """Take back leases that ran out, whoever held them; whether there were any."""
+    try:
+        expired = await store.call(store.sync.release_expired, max_attempts)
+    except StoreError as error:
+        log.debug("expired leases cannot be looked for: %s", error)
+        return False
+    for incident in expired:
+        extra = {**incident_fields(incident), "status": incident.status}
+        log.warning("a lease ran out", extra=extra)
+    return bool(expired)
+
+
+def incident_fields(incident: Incident) -> dict[str, Any]:
+    """What the log says of an incident, everywhere."""
+    return {
+        "incident_id": incident.incident_id,
+        "cluster": incident.cluster,
+        "fault": incident.event.fault_type,
+        "resource": incident.event.resource,
+    }
 
 
 def _read_system_prompt(config: Config) -> str:
@@ -3732,25 +3728,23 @@ class HealthServer:
     async def _answer(
         self, request: mcp_client.HTTPRequest, respond: mcp_client.HTTPResponder
     ) -> None:
+        document: Mapping[str, Any]
         if request.method not in ("GET", "HEAD"):
-            await respond.send(405, "Method Not Allowed\n", headers={"Allow": "GET, HEAD"})
-        elif request.path == "/healthz":
-            await respond.send(200, "ok\n")
-        elif request.path == "/readyz":
+            return await respond.send(405, "GET or HEAD\n", headers={"Allow": "GET, HEAD"})
+        if request.path == "/healthz":
+            return await respond.send(200, "ok\n")
+        if request.path == "/readyz":
             problems = list(self._problems())
-            document = {"ready": not problems, "reasons": problems}
-            await _send_json(respond, 503 if problems else 200, document)
+            status, document = (
+                503 if problems else 200,
+                {"ready": not problems, "reasons": problems},
+            )
         elif request.path == "/health/clusters":
-            await _send_json(respond, 200, clusters_document(self._clusters()))
+            status, document = 200, clusters_document(self._clusters())
         else:
-            await respond.send(404, "try /healthz, /readyz or /health/clusters\n")
-
-
-async def _send_json(
-    respond: mcp_client.HTTPResponder, status: int, document: Mapping[str, Any]
-) -> None:
-    text = redact(json.dumps(document, indent=2)) + "\n"
-    await respond.send(status, text, content_type="application/json")
+            return await respond.send(404, "try /healthz, /readyz or /health/clusters\n")
+        text = redact(json.dumps(document, indent=2)) + "\n"
+        return await respond.send(status, text, content_type="application/json")
 
 
 def clusters_document(records: Iterable[ClusterRecord]) -> dict[str, Any]:
@@ -3834,7 +3828,7 @@ def demo_table(incidents: Iterable[tuple[Incident, str | None]]) -> str:
             incident.cluster,
             one_line(incident.event.fault_type, 20),
             one_line(incident.event.resource, 32),
-            one_line(root_cause or incident.failure_reason or "", 48),
+            one_line(root_cause or incident.failure_reason or "", 64),
         )
         for incident, root_cause in incidents
     ]
@@ -3849,6 +3843,12 @@ def demo_table(incidents: Iterable[tuple[Incident, str | None]]) -> str:
 # 14. Daemon and command line
 # stdout is for results, stderr for the log; every way to end has its exit code.
 # ============================================================================
+
+
+def _ingest_lock(database: Path, advice: str) -> FileLock:
+    """Held by the one process that watches clusters for a database."""
+    _must_be_writable(database.absolute().parent)
+    return FileLock(database.with_name(database.name + ".ingest"), advice)
 
 
 class Daemon:
@@ -3869,9 +3869,8 @@ class Daemon:
         self.health_address: str | None = None
         self._locks: list[FileLock] = []
         if config.role is not Role.WORKER and config.state_store == "sqlite":
-            path = config.sqlite.with_name(config.sqlite.name + ".ingest")
             advice = "every cluster must be watched once only; use --role worker for this one"
-            self._locks.append(FileLock(path, advice))
+            self._locks.append(_ingest_lock(config.sqlite, advice))
         self.store = AsyncStore(open_store(config))
         self._stopping = asyncio.Event()
         self._supervisor = Supervisor()
@@ -3886,17 +3885,8 @@ class Daemon:
 
     def _on_stored(self, incidents: Sequence[Incident]) -> None:
         for incident in incidents:
-            log.info(
-                "incident %s",
-                incident.status.lower(),
-                extra={
-                    "incident_id": incident.incident_id,
-                    "cluster": incident.cluster,
-                    "fault": incident.event.fault_type,
-                    "resource": incident.event.resource,
-                    "severity": incident.event.severity,
-                },
-            )
+            extra = {**incident_fields(incident), "severity": incident.event.severity}
+            log.info("incident %s", incident.status.lower(), extra=extra)
         self.worker.wake()
 
     def _cluster_records(self) -> Iterable[ClusterRecord]:
@@ -3941,7 +3931,9 @@ class Daemon:
                 await self.watch.start(self.config.clusters)
                 parts["inbox"] = asyncio.create_task(self.inbox.run(), name="inbox")
                 parts["watch"] = asyncio.create_task(self.watch.run(), name="cluster states")
-            if self.config.role is not Role.INGEST:
+            if self.config.role is Role.INGEST:
+                parts["sweep"] = asyncio.create_task(self._sweep(), name="lease sweep")
+            else:
                 parts["worker"] = asyncio.create_task(self.worker.run(), name="worker")
             parts["reload"] = asyncio.create_task(self._reload(), name="reload")
             stopping = asyncio.create_task(self._stopping.wait(), name="stop")
@@ -3951,11 +3943,18 @@ class Daemon:
             self._stopping.set()
             await self._stop(parts)
 
+    async def _sweep(self) -> None:
+        while True:
+            await sweep_leases(self.store, self.config.max_attempts)
+            await asyncio.sleep(Worker.SWEEP)
+
     async def _stop(self, parts: Mapping[str, asyncio.Task[None]]) -> None:
         self.worker.drain()
         if "reload" in parts:
             parts["reload"].cancel()
             await asyncio.wait([parts["reload"]])
+        if "sweep" in parts:
+            parts["sweep"].cancel()
         if "watch" in parts:
             parts["watch"].cancel()
             await self.watch.close()
@@ -4006,25 +4005,11 @@ async def serve(config: Config, reread: Callable[[], Config]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, daemon.reload)
-    log.info(
-        "nightcrier %s started",
-        __version__,
-        extra={
-            "role": config.role,
-            "clusters": len(config.clusters),
-            "worker_id": daemon.worker.record.worker_id,
-            "database": str(config.sqlite) if config.state_store == "sqlite" else None,
-        },
-    )
+    extra = {"role": config.role, "clusters": len(config.clusters)}
+    extra |= {"worker_id": daemon.worker.record.worker_id, "database": str(config.sqlite)}
+    log.info("nightcrier %s started", __version__, extra=extra)
     await daemon.run()
     log.info("stopped")
-
-
-def _allow_many_connections() -> None:
-    """Two sockets for each of thousands of clusters: use what the hard limit allows."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _config_of(args: argparse.Namespace, *, need_clusters: bool = False) -> Config:
@@ -4042,7 +4027,14 @@ def cmd_run(args: argparse.Namespace) -> int:
     if config.role is not Role.INGEST:
         find_agent(config)
         log.warning("agents run on this host, not isolated: they can do what this user can")
-    _allow_many_connections()
+        blind = [c.name for c in config.clusters if c.triage_enabled and c.kubeconfig is None]
+        if blind:
+            log.warning("no kubeconfig for the agent: it cannot look into %s", ", ".join(blind))
+        _must_be_writable(config.workspace_root.absolute())
+    # Two sockets for each of thousands of clusters: use what the hard limit allows.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     asyncio.run(serve(config, lambda: load_config(vars(args), need_clusters=True)))
     return 0
 
@@ -4056,6 +4048,8 @@ def cmd_replay(args: argparse.Namespace) -> int:
     if ended is None:
         return 1
     print(f"{ended.incident_id}  {ended.status}  {ended.failure_reason or ''}".rstrip())
+    if ended.status is IncidentStatus.RESOLVED:
+        print(config.workspace_root / ended.incident_id / REPORT)
     accepted = (IncidentStatus.RESOLVED, IncidentStatus.PENDING)
     return 0 if ended.status in accepted else 1
 
@@ -4111,6 +4105,8 @@ def cmd_migrate(args: argparse.Namespace) -> int:
     if args.action != "up" and not os.path.exists(config.sqlite):
         raise StoreUnavailable(f"{config.sqlite} is not there: name the database with --sqlite")
     migrations = load_migrations("sqlite")
+    if args.action == "down":
+        _ingest_lock(config.sqlite, "stop it first").release()
     with contextlib.closing(SQLiteMigrationTarget(config.sqlite)) as target:
         if args.action == "status":
             _print_status(target, migrations)
@@ -4331,14 +4327,16 @@ async def _demo_incidents(daemon: Daemon, count: int, began: datetime) -> list[I
         await asyncio.sleep(0.05)
 
 
+_DEMO_QUERIES = (
+    "select status, severity, cluster, fault_type, root_cause from v_incidents",
+    "select cluster, connection_state, events_total, gaps, gap_seconds from v_clusters",
+    "select incident_id, seq, from_status, to_status, at, reason from incident_transitions",
+)
+
+
 def _demo_hints(config: Config) -> str:
     path = shlex.quote(str(config.sqlite))
-    queries = (
-        "select status, severity, cluster, fault_type, root_cause from v_incidents",
-        "select cluster, connection_state, events_total, gaps, gap_seconds from v_clusters",
-        "select incident_id, seq, from_status, to_status, at, reason from incident_transitions",
-    )
-    lines = [f'  sqlite3 -header -column {path} "{query}"' for query in queries]
+    lines = [f'  sqlite3 -readonly -header -column {path} "{query}"' for query in _DEMO_QUERIES]
     return "\n".join([f"\ndatabase: {config.sqlite}", "worth trying:", *lines])
 
 
@@ -4383,8 +4381,13 @@ COMMANDS: Mapping[str, Command] = {
         run=cmd_demo,
         help="the whole pipeline on this machine",
         example="nightcrier demo --keep-running",
-        arguments={"--keep-running": {"action": "store_true", "help": "stay for a look with curl"}},
-        options=("sqlite", "workspace_root", "health_listen"),
+        arguments={
+            "--keep-running": {"action": "store_true", "help": "stay for a look with curl"},
+            "--sqlite": {"metavar": "PATH", "help": "the database (default: a new file here)"},
+            "--workspace-root": {"metavar": "DIR", "help": "default: beside the database"},
+            "--health-listen": {"metavar": "HOST:PORT", "help": "default: any free port"},
+        },
+        options=(),
     ),
     "init": Command(
         run=cmd_init,

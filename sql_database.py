@@ -188,6 +188,10 @@ class MigrationTarget(Protocol):
 
     def has_table(self, name: str) -> bool: ...
 
+    def is_empty(self) -> bool:
+        """Whether there is no table at all."""
+        ...
+
     def safety_copy(self, label: str) -> Path | None:
         """Copy a database that holds something; None where the engine has its own way."""
         ...
@@ -269,8 +273,13 @@ def pending_migrations(target: MigrationTarget, migrations: Sequence[Migration])
 def migrate_up(
     target: MigrationTarget, migrations: Sequence[Migration], *, applied_by: str
 ) -> list[Migration]:
-    """Apply what is pending; several programs may do so at the same time. Returns what was done."""
+    """Apply what is pending; several programs may do so at the same time. Returns what was done.
+
+    Raises SchemaError for a database that somebody else uses.
+    """
     done: list[Migration] = []
+    if not target.has_table("schema_migrations") and not target.is_empty():
+        raise SchemaError("the database holds tables that are not nightcrier's: name another one")
     if pending_migrations(target, migrations):
         target.safety_copy(f"before-{migrations[-1].version:04d}")
     while pending_migrations(target, migrations):
@@ -538,12 +547,15 @@ class SQLiteMigrationTarget:
                 if self._connection.in_transaction:
                     self._connection.execute("rollback")
 
+    def is_empty(self) -> bool:
+        return not self.run("select 1 from sqlite_master limit 1")
+
     def has_table(self, name: str) -> bool:
         found = self.run("select 1 from sqlite_master where type = 'table' and name = :n", n=name)
         return bool(found)
 
     def safety_copy(self, label: str) -> Path | None:
-        if not self.run("select 1 from sqlite_master limit 1"):
+        if self.is_empty():
             return None
         stamp = utc_now().strftime("%Y%m%dT%H%M%S%f")
         copy = self._path.with_name(f"{self._path.name}.{label}.{stamp}.backup")
@@ -605,6 +617,11 @@ def _turn(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
 @dataclass(slots=True)
 class _Job:
     work: Callable[[Transaction], Any]
@@ -630,6 +647,7 @@ class SQLiteDatabase:
         self._gate = threading.Lock()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._connection = connect_sqlite(path)
+        self._file = _identity(path)
         self._readers: queue.LifoQueue[apsw.Connection | None] = queue.LifoQueue()
         for _ in range(self.READERS):
             reader = connect_sqlite(path)
@@ -708,6 +726,7 @@ class SQLiteDatabase:
         failure: Exception | None = None
         try:
             with _turn(self._path):
+                self._refuse_another_file()
                 jobs = [job for job in jobs if job.answer.set_running_or_notify_cancel()]
                 self._connection.execute("begin immediate")
                 for job in jobs:
@@ -722,6 +741,17 @@ class SQLiteDatabase:
                 job.answer.set_exception(failure or job.error)
             else:
                 job.answer.set_result(job.result)
+
+    def _refuse_another_file(self) -> None:
+        """What is written to a file that was deleted or replaced would be gone at the end."""
+        try:
+            there = _identity(self._path)
+        except FileNotFoundError:
+            there = None
+        if there != self._file:
+            raise StoreUnavailable(
+                f"database {self._path} was deleted or replaced: put it back, or restart nightcrier"
+            )
 
     def _run_job(self, job: _Job) -> None:
         """Run one job in a savepoint: its failure undoes its own statements only."""

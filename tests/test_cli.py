@@ -369,7 +369,9 @@ def test_a_recorded_fault_is_replayed_through_the_whole_pipeline(form: str, tmp_
     (tmp_path / "fault.json").write_text(json.dumps(document))
     done = nightcrier("replay", "fault.json", *AGENT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"[0-9a-f-]{36}  RESOLVED\n", done.stdout)
+    found = re.fullmatch(r"[0-9a-f-]{36}  RESOLVED\n(.*)\n", done.stdout)
+    assert found
+    assert (tmp_path / found[1]).is_file(), "the report"
     ((status, cluster, name, cause, confidence),) = rows(
         tmp_path / "nightcrier.db",
         "select status, cluster, resource_name, root_cause, confidence from v_incidents",

@@ -480,7 +480,9 @@ def test_clusters_come_from_flags_and_from_the_file(load: LOADS) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["", "a", "a=", "=http://x/", "a b=http://x/", "a=ftp://x/"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "a=", "=http://x/", "a b=http://x/", "a=ftp://x/", "a=http://x/\udcff"]
+)
 def test_a_wrong_cluster_flag_is_a_mistake_that_says_the_form(text: str, load: LOADS) -> None:
     (problem,) = problems_of(load, cluster=[text])
     assert "must be NAME=URL" in problem

@@ -462,3 +462,17 @@ def test_new_databases_give_freed_pages_back(path: Path) -> None:
     assert connection.pragma("auto_vacuum") == 2
     assert connection.pragma("page_size") == 4096
     connection.close()
+
+
+def test_a_database_of_another_program_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    other = apsw.Connection(str(path))
+    other.execute("create table x (y)")
+    target = SQLiteMigrationTarget(path)
+    try:
+        with pytest.raises(sql_database.SchemaError, match="not nightcrier's"):
+            sql_database.migrate_up(target, KNOWN, applied_by="test")
+        assert [row[0] for row in target.run("select name from sqlite_master")] == ["x"]
+    finally:
+        target.close()
+        other.close()

@@ -1304,6 +1304,19 @@ def test_a_lock_that_the_host_refuses_makes_the_store_unavailable(
     assert len(sqlite.create_incidents([an_event()])) == 1
 
 
+def test_a_file_that_was_deleted_or_replaced_is_not_written_any_more(sqlite: Any) -> None:
+    path = sqlite._database._path
+    away = path.with_name("away.db")
+    path.rename(away)
+    for replacement in (None, b""):
+        if replacement is not None:
+            path.write_bytes(replacement)
+        with pytest.raises(StoreUnavailable, match="was deleted or replaced"):
+            sqlite.create_incidents([an_event()])
+    away.rename(path)
+    assert len(sqlite.create_incidents([an_event()])) == 1, "put back: it goes on"
+
+
 def test_a_process_waits_for_its_turn_instead_of_racing_for_the_write_lock(sqlite: Any) -> None:
     stored = threading.Event()
 

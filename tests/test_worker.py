@@ -667,8 +667,9 @@ def test_an_incident_whose_workers_keep_dying_is_failed(
 def test_a_worker_that_claims_its_own_lost_incident_stops_the_first_agent_before_the_second(
     benches: Benches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The machine slept for longer than the lease: the sweep comes before the heartbeat."""
+    """Another process swept its lease: the claim comes before the heartbeat."""
     monkeypatch.setattr(Worker, "SWEEP", 0.05)
+    monkeypatch.setattr(nightcrier.StateStore, "renew_leases", lambda *_: [])
     (incident,) = benches.store.create_incidents([an_event()])
     script = "echo $$ > ../$INCIDENT_ID.$(ls .. | wc -l).pid; trap '' TERM; "
     script += f"until [ -e ../go ]; do sleep 0.02; done; {REPORTING}"
@@ -712,6 +713,28 @@ def test_the_loss_of_an_earlier_attempt_does_not_stop_the_one_that_holds_the_lea
             assert task is not None
             task.cancel()
         store._threads.shutdown()
+
+    asyncio.run(work())
+
+
+def test_a_machine_that_slept_does_not_take_its_own_incidents_away(
+    benches: Benches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worker, "SWEEP", 0.05)
+    (incident,) = benches.store.create_incidents([an_event()])
+    now, slept = nightcrier.utc_now, [timedelta(0)]
+    monkeypatch.setattr(nightcrier, "utc_now", lambda: now() + slept[0])
+
+    async def work() -> None:
+        async with benches.working(benches.config(WAITING)) as bench:  # a heartbeat in 15 s
+            await bench.until(bench.pids)
+            slept[0] = timedelta(hours=1)
+            swept = [bench.incident(incident).lease_expires_at]
+            await bench.until(lambda: bench.incident(incident).lease_expires_at != swept[0])
+            bench.go()
+            await bench.until_ended(1)
+            found = bench.incident(incident)
+            assert (found.status, found.attempt) == (IncidentStatus.RESOLVED, 1)
 
     asyncio.run(work())
 

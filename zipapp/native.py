@@ -72,7 +72,9 @@ def load() -> ModuleType:
     found = [module for module in bundled if module.target == wanted]
     if not found:
         has = ", ".join(module.target for module in bundled)
-        raise ImportError(f"no bundled apsw for {wanted}; this file has: {has}", name="apsw")
+        advice = "run it with that Python, or build it with this one"
+        text = f"no bundled apsw for {wanted}; this file has: {has}: {advice}"
+        raise ImportError(text, name="apsw")
     failures = []
     for way in (from_cache, from_memory, from_temporary_file):
         try:

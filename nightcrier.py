@@ -2448,7 +2448,7 @@ class Inbox:
 class _SubscriptionGone(mcp_client.MCPError):
     """The server has cancelled the subscription.
 
-    It may go on sending under the old id in this session (MCP.md section B), so that subscribing
+    It may go on sending under the old id in this session (seen in its source), so that subscribing
     again here would deliver every fault twice: a new session it must be.
     """
 
@@ -2608,7 +2608,7 @@ class ClusterWatcher:
         try:
             listed = await session.subscriptions()
         except mcp_client.ToolHung as error:
-            # It waits behind another client's call that hangs (MCP.md section B): the stream may
+            # It waits behind another client's call that hangs in the server: the stream may
             # be sound, and a new subscription would hang too. Pings tell if the server is gone.
             self._update(last_error=str(error))
             return

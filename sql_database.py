@@ -471,7 +471,7 @@ def sqlite_errors(path: Path) -> Iterator[None]:
 
 _PRAGMAS = (
     ("journal_mode", "wal"),
-    ("synchronous", 2),  # FULL: with group commit it costs little (STORAGE.md section 1)
+    ("synchronous", 2),  # FULL: with group commit it costs little
     ("foreign_keys", 1),
     ("wal_autocheckpoint", 4000),
     ("journal_size_limit", 64 * 1024 * 1024),
@@ -601,7 +601,7 @@ def _turn(path: Path) -> Iterator[None]:
     """Wait for this process's turn to write.
 
     SQLite's own busy handler lets the fastest of several processes win nearly always; the kernel
-    hands a file lock out fairly (STORAGE.md section 0).
+    hands a file lock out fairly.
     """
     try:
         handle = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)

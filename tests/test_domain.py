@@ -141,7 +141,7 @@ def test_one_line_shows_escapes_instead_of_obeying_them() -> None:
 
 # --- reading a fault --------------------------------------------------------------------------
 
-FAULT: dict[str, Any] = {  # MCP.md A4
+FAULT: dict[str, Any] = {  # as a real server sends it
     "subscriptionId": "sub-a49bdae2",
     "cluster": "kind-events-test",
     "faultId": "cfb0dbaa9741da48",

@@ -1,4 +1,4 @@
-"""The laws that keep one module readable (STYLE.md): direction, privacy, size, and SQL."""
+"""The laws that keep one module readable: direction, privacy, size, and SQL."""
 
 from __future__ import annotations
 

@@ -497,7 +497,7 @@ def test_an_answer_that_is_too_large_is_not_read_to_its_end(
     run(scenario())
 
 
-# ---- Statuses (MCP.md, A5) ----
+# ---- Statuses ----
 
 
 @pytest.mark.parametrize(

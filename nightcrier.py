@@ -22,6 +22,7 @@ Promises, in the order of their weight:
 
 It is one module so that it can be read from top to bottom: a section uses only the sections above
 it, and a name with a leading underscore stays in its section (tests/test_layout.py holds both).
+What knows no incidents is beside it: mcp_client.py, sql_database.py and agent_process.py.
 
     1 Errors            5 Migrations      9 Agent                      13 Demo
     2 Domain            6 State stores   10 Reports                    14 Daemon and command line
@@ -2717,7 +2718,7 @@ class ClusterWatcher:
         self._update(
             connection_state=state,
             stream_lost_at=now if was_open else self.record.stream_lost_at,
-            last_error=reason,
+            last_error=reason if level >= logging.WARNING else None,
         )
 
     def _update(self, **changes: Any) -> None:

@@ -1365,6 +1365,12 @@ def _insert(table: str, fields: Sequence[str]) -> str:
     return f"insert into {table} ({', '.join(fields)}) values ({values})"
 
 
+def _upsert(table: str, fields: Sequence[str], key: Sequence[str], changed: Sequence[str]) -> str:
+    """Insert a row, or change some fields of the one with the same key."""
+    changes = ", ".join(f"{name} = excluded.{name}" for name in changed)
+    return f"{_insert(table, fields)} on conflict ({', '.join(key)}) do update set {changes}"
+
+
 def _stored(value: object) -> object:
     """A value of the domain as a parameter of SQL."""
     return format_time(value) if isinstance(value, datetime) else value
@@ -1403,6 +1409,15 @@ def _values(names: Sequence[str], row: Sequence[Any]) -> dict[str, Any]:
     return {name: _value(name, stored) for name, stored in zip(names, row, strict=True)}
 
 
+def _fetch(
+    database: Database, kind: Callable[..., T], fields: Sequence[str], tail: str, **params: Any
+) -> list[T]:
+    """The rows of `select <fields> <tail>` as values of the domain."""
+    statement = f"select {', '.join(fields)} {tail}"
+    rows = database.read(lambda tx: tx.run(statement, **params))
+    return [kind(**_values(fields, row)) for row in rows]
+
+
 def _incident_from(row: Sequence[Any]) -> Incident:
     split = len(_EVENT_FIELDS)
     event = FaultEvent(**_values(_EVENT_FIELDS, row[:split]))
@@ -1431,14 +1446,27 @@ _INSERT_TRANSITION = """
 
 # An execution is opened when its agent runs, and closed with the incident; one that never ran is
 # inserted closed.
-_SAVE_EXECUTION = (
-    _insert("agent_executions", _EXECUTION_FIELDS)
-    + " on conflict (incident_id, attempt) do update set "
-    + ", ".join(
-        f"{name} = excluded.{name}"
-        for name in _EXECUTION_FIELDS
-        if name not in ("execution_id", "incident_id", "attempt")
-    )
+_SAVE_EXECUTION = _upsert(
+    "agent_executions",
+    _EXECUTION_FIELDS,
+    key=("incident_id", "attempt"),
+    changed=[f for f in _EXECUTION_FIELDS if f not in ("execution_id", "incident_id", "attempt")],
+)
+_SAVE_CLUSTER = _upsert(
+    "clusters",
+    _CLUSTER_FIELDS,
+    key=("cluster",),
+    changed=[name for name in _CLUSTER_FIELDS if name != "cluster"],
+)
+_SAVE_GAP = _upsert(
+    "cluster_gaps", _GAP_FIELDS, key=("cluster", "lost_at"), changed=("restored_at",)
+)
+_WORKER_FIELDS = tuple(f.name for f in dataclasses.fields(WorkerRecord))
+_SAVE_WORKER = _upsert(
+    "workers",
+    (*_WORKER_FIELDS, "version", "heartbeat_at"),
+    key=("worker_id",),
+    changed=("state", "heartbeat_at"),
 )
 
 
@@ -1907,46 +1935,26 @@ class _ListQueries:
         )
 
     def list_transitions(self, incident_id: str) -> list[Transition]:
-        rows = self._database.read(
-            lambda tx: tx.run(
-                f"""select {", ".join(_TRANSITION_FIELDS)} from incident_transitions
-                    where incident_id = :incident_id order by seq""",
-                incident_id=incident_id,
-            )
-        )
-        return [Transition(**_values(_TRANSITION_FIELDS, row)) for row in rows]
+        tail = "from incident_transitions where incident_id = :id order by seq"
+        return _fetch(self._database, Transition, _TRANSITION_FIELDS, tail, id=incident_id)
 
     def list_executions(self, incident_id: str) -> list[AgentExecution]:
-        return self._executions(
-            "incident_id = :incident_id order by attempt", incident_id=incident_id
-        )
+        tail = "from agent_executions where incident_id = :id order by attempt"
+        return _fetch(self._database, AgentExecution, _EXECUTION_FIELDS, tail, id=incident_id)
 
     def open_executions(self, host: str) -> list[AgentExecution]:
         """Executions on this host that nobody has closed."""
-        # An open execution belongs to a running incident: the join keeps this to a few rows.
-        return self._executions(
-            """host = :host and completed_at is null and incident_id in
-               (select incident_id from incidents where status = 'RUNNING')""",
-            host=host,
-        )
-
-    def _executions(self, condition: str, **params: Any) -> list[AgentExecution]:
-        columns = ", ".join(_EXECUTION_FIELDS)
-        rows = self._database.read(
-            lambda tx: tx.run(f"select {columns} from agent_executions where {condition}", **params)
-        )
-        return [AgentExecution(**_values(_EXECUTION_FIELDS, row)) for row in rows]
+        # An open execution belongs to a running incident: the condition keeps this to a few rows.
+        tail = """from agent_executions
+            where host = :host and completed_at is null and incident_id in
+                  (select incident_id from incidents where status = 'RUNNING')"""
+        return _fetch(self._database, AgentExecution, _EXECUTION_FIELDS, tail, host=host)
 
     def get_report(self, incident_id: str) -> TriageReport | None:
         """The newest report of an incident."""
-        rows = self._database.read(
-            lambda tx: tx.run(
-                f"""select {", ".join(_REPORT_FIELDS)} from triage_reports
-                    where incident_id = :incident_id order by report_id desc limit 1""",
-                incident_id=incident_id,
-            )
-        )
-        return TriageReport(**_values(_REPORT_FIELDS, rows[0])) if rows else None
+        tail = "from triage_reports where incident_id = :id order by report_id desc limit 1"
+        found = _fetch(self._database, TriageReport, _REPORT_FIELDS, tail, id=incident_id)
+        return found[0] if found else None
 
 
 # The condition of the partial index is repeated where it applies: without it the index is not used.
@@ -1961,14 +1969,20 @@ _FILTER_COLUMNS = (
 )
 
 
+def _status_in(statuses: Collection[IncidentStatus]) -> tuple[str, dict[str, str]]:
+    """A condition on `i.status`, and its parameters."""
+    names = {f"status_{number}": str(s) for number, s in enumerate(sorted(statuses))}
+    return f"i.status in ({', '.join(f':{name}' for name in names)})", names
+
+
 def _conditions(wanted: IncidentFilter) -> tuple[list[str], dict[str, Any]]:
     """The filter as SQL conditions and their parameters."""
     given = {name: getattr(wanted, name) for name in _FILTER_COLUMNS}
     params = {name: str(value) for name, value in given.items() if value is not None}
     conditions = [f"i.{name} = :{name}" for name in params]
     if wanted.statuses:
-        names = {f"status_{number}": str(s) for number, s in enumerate(sorted(wanted.statuses))}
-        conditions.append(f"i.status in ({', '.join(f':{name}' for name in names)})")
+        condition, names = _status_in(wanted.statuses)
+        conditions.append(condition)
         params |= names
         if wanted.statuses <= _UNRESOLVED:
             conditions.append("i.status in ('AGENT_FAILED', 'FAILED', 'SKIPPED')")
@@ -1997,52 +2011,30 @@ class _ClusterQueries:
 
     def save_clusters(self, records: Sequence[ClusterRecord]) -> None:
         now = format_time(utc_now())
-        changed = [name for name in _CLUSTER_FIELDS if name != "cluster"]
-        statement = (
-            _insert("clusters", _CLUSTER_FIELDS)
-            + " on conflict (cluster) do update set "
-            + ", ".join(f"{name} = excluded.{name}" for name in changed)
-        )
         rows = [{**_params(record, _CLUSTER_FIELDS), "updated_at": now} for record in records]
         if rows:
-            self._database.write(lambda tx: tx.run_many(statement, rows))
+            self._database.write(lambda tx: tx.run_many(_SAVE_CLUSTER, rows))
 
     def list_clusters(self) -> list[ClusterRecord]:
-        columns = ", ".join(_CLUSTER_FIELDS)
-        rows = self._database.read(
-            lambda tx: tx.run(f"select {columns} from clusters order by cluster")
-        )
-        return [ClusterRecord(**_values(_CLUSTER_FIELDS, row)) for row in rows]
+        tail = "from clusters order by cluster"
+        return _fetch(self._database, ClusterRecord, _CLUSTER_FIELDS, tail)
 
     def save_gaps(self, gaps: Sequence[ClusterGap]) -> None:
         """Store gaps; a gap that is already stored (same cluster and start) is updated."""
-        statement = (
-            _insert("cluster_gaps", _GAP_FIELDS)
-            + " on conflict (cluster, lost_at) do update set restored_at = excluded.restored_at"
-        )
         rows = [_params(gap, _GAP_FIELDS) for gap in gaps]
         if rows:
-            self._database.write(lambda tx: tx.run_many(statement, rows))
+            self._database.write(lambda tx: tx.run_many(_SAVE_GAP, rows))
 
     def open_gaps(self) -> list[ClusterGap]:
         """Gaps that have not ended."""
-        columns = ", ".join(_GAP_FIELDS)
-        rows = self._database.read(
-            lambda tx: tx.run(f"select {columns} from cluster_gaps where restored_at is null")
-        )
-        return [ClusterGap(**_values(_GAP_FIELDS, row)) for row in rows]
+        tail = "from cluster_gaps where restored_at is null"
+        return _fetch(self._database, ClusterGap, _GAP_FIELDS, tail)
 
     def save_worker(self, worker: WorkerRecord) -> None:
         """Register a worker, or renew its heartbeat and state."""
-        fields = ("worker_id", "host", "pid", "role", "state", "started_at")
-        statement = (
-            _insert("workers", (*fields, "version", "heartbeat_at"))
-            + """ on conflict (worker_id) do update
-                  set state = excluded.state, heartbeat_at = excluded.heartbeat_at"""
-        )
-        params = _params(worker, fields)
+        params = _params(worker, _WORKER_FIELDS)
         params |= {"version": __version__, "heartbeat_at": format_time(utc_now())}
-        self._database.write(lambda tx: tx.run(statement, **params))
+        self._database.write(lambda tx: tx.run(_SAVE_WORKER, **params))
 
 
 # The tables that hold an incident, parents first, and the column with its id.
@@ -2066,12 +2058,12 @@ class _Housekeeping:
     ) -> list[str]:
         """Delete at most `limit` terminal incidents completed before a time; returns their ids."""
         _refuse_open(statuses)
-        names = {f"status_{number}": str(s) for number, s in enumerate(sorted(statuses))}
+        condition, names = _status_in(statuses)
 
         def job(tx: Transaction) -> list[str]:
             rows = tx.run(
-                f"""select incident_id from incidents
-                    where status in ({", ".join(f":{name}" for name in names)})
+                f"""select incident_id from incidents i
+                    where {condition}
                       and incident_id < :last_id and completed_at < :before
                     order by incident_id limit :limit""",
                 **names,
@@ -3857,13 +3849,7 @@ class Daemon:
 
     FLUSH = 5.0  # seconds that received events may take to be stored at the end
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        reread: Callable[[], Config] | None = None,
-        finished: Callable[[Incident, IncidentStatus], None] = lambda _incident, _status: None,
-    ) -> None:
+    def __init__(self, config: Config, *, reread: Callable[[], Config] | None = None) -> None:
         self.config = config
         self._reread = reread or (lambda: config)
         self._changed = asyncio.Event()

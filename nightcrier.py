@@ -22,7 +22,8 @@ Promises, in the order of their weight:
 
 It is one module so that it can be read from top to bottom: a section uses only the sections above
 it, and a name with a leading underscore stays in its section (tests/test_layout.py holds both).
-What knows no incidents is beside it: mcp_client.py, sql_database.py and agent_process.py.
+What knows no incidents is beside it: settings.py, logs.py, sql_database.py, mcp_client.py and
+agent_process.py.
 
     1 Errors            5 Migrations      9 Agent                      13 Demo
     2 Domain            6 State stores   10 Reports                    14 Daemon and command line
@@ -37,7 +38,6 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import inspect
@@ -67,12 +67,13 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import mcp_client
+import settings
 import sql_database
 from agent_process import (
     Program,
@@ -84,6 +85,7 @@ from agent_process import (
     run_program,
     signal_name,
 )
+from logs import Throttle, one_line, redact, setup_logging
 from mcp_client import backoff, jitter, split_address
 from sql_database import (
     Database,
@@ -127,9 +129,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-log = logging.getLogger("nightcrier")
-
 
 # ============================================================================
 # 1. Errors
@@ -468,17 +467,6 @@ def storable_json(value: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return clean, dump(clean)
 
 
-_CONTROL = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def one_line(text: str, limit: int = 500) -> str:
-    """Text for a log line, a terminal or an error: control characters become visible escapes."""
-    text = text if len(text) <= limit else text[: limit - 1] + "…"
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
 class MalformedEvent(NightcrierError):
     """A notification that cannot be an incident; the message says why."""
 
@@ -637,7 +625,8 @@ class QueueLanes:
 
 # ============================================================================
 # 3. Configuration
-# OPTIONS is the one list: YAML keys, environment, flags and --help are made from it.
+# OPTIONS is the one list: YAML keys, environment, flags and --help are made from it. What makes
+# and reads options knows no incidents: it lives in settings.py.
 # ============================================================================
 
 
@@ -661,117 +650,10 @@ class ClusterConfig:
         return self.api_key_file.read_text(encoding="utf-8").strip() or None
 
 
-def _number(
-    kind: type[int] | type[float], minimum: float, maximum: float, unit: str = ""
-) -> Callable[[object], Any]:
-    what = "a whole number" if kind is int else "a number"
-
-    def read(value: object) -> float:
-        try:
-            if isinstance(value, bool) or not isinstance(value, kind | int | str):
-                raise ValueError
-            number = kind(value)
-        except ValueError:
-            raise ValueError(f"must be {what}{unit and ' of' + unit}") from None
-        if not minimum <= number <= maximum:  # also refuses nan
-            raise ValueError(f"must be from {minimum:g} to {maximum:g}{unit}")
-        return number
-
-    return read
-
-
-def _integer(minimum: int, maximum: int = 2**31) -> Callable[[object], int]:
-    return _number(int, minimum, maximum)
-
-
-def _seconds(minimum: float, maximum: float = 30 * 86400.0) -> Callable[[object], float]:
-    return _number(float, minimum, maximum, " seconds")
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word.lower(), [str(name) for name in known], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _choice(*words: str) -> Callable[[object], str]:
-    def read(value: object) -> str:
-        if value in words:
-            return str(value)
-        raise ValueError(f"must be one of {', '.join(words)}{_did_you_mean(str(value), words)}")
-
-    return read
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("must be a text that is not empty")
-    if "\x00" in value:
-        raise ValueError("must not hold a NUL character")
-    return value
-
-
-def _boolean(value: object) -> bool:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
-    raise ValueError("must be true or false")
-
-
-def _path(value: object) -> Path:
-    try:
-        return Path(_text(value)).expanduser()
-    except RuntimeError as error:  # ~name, and nobody has that name
-        raise ValueError(str(error)) from None
-
-
-def _argv(value: object) -> tuple[str, ...]:
-    """A list of words, or one string that is split as a shell would split it (without a shell)."""
-    if isinstance(value, str):
-        try:
-            words = shlex.split(value)
-        except ValueError as error:
-            raise ValueError(f"cannot be split into words: {error}") from None
-    elif isinstance(value, list) and all(isinstance(word, str | int | float) for word in value):
-        words = [str(word) for word in value]
-    else:
-        raise ValueError("must be a list of words")
-    if not words:
-        raise ValueError("must not be empty")
-    return tuple(words)
-
-
-def _names(value: object) -> tuple[str, ...]:
-    """A list of words; on the command line and in the environment separated by commas."""
-    if isinstance(value, str):
-        return tuple(word.strip() for word in value.split(",") if word.strip())
-    if isinstance(value, list) and all(isinstance(word, str) for word in value):
-        return tuple(value)
-    raise ValueError("must be a list of words")
-
-
 def _address(value: object) -> str:
-    text = _text(value)
+    text = settings.text(value)
     split_address(text)
     return text
-
-
-def _option(
-    read: Callable[[object], Any],
-    default: Any,
-    metavar: str,
-    text: str,
-    *,
-    existing: bool = False,
-    secret: bool = False,
-) -> Any:
-    """A setting: how it is read, its default, how --help shows it.
-
-    `existing`: the existing nightcrier has it too, and its variable is understood.
-    """
-    metadata = {"read": read, "metavar": metavar, "help": text, "secret": secret}
-    return field(default=default, repr=not secret, metadata={**metadata, "existing": existing})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -782,52 +664,55 @@ class Config:
     given: frozenset[str] = frozenset()  # keys that did not come from a default
     warnings: tuple[str, ...] = ()
     # fmt: off
-    sqlite: Path = _option(_path, Path("nightcrier.db"), "PATH", "the database file", existing=True)
-    state_store: str = _option(_choice("sqlite", "filesystem"), "sqlite", "KIND",
+    sqlite: Path = settings.option(settings.path, Path("nightcrier.db"), "PATH",
+        "the database file", existing=True)
+    state_store: str = settings.option(settings.choice("sqlite", "filesystem"), "sqlite", "KIND",
         "sqlite, or filesystem: JSON files below the workspace root, for one process only")
-    workspace_root: Path = _option(_path, Path("incidents"), "DIR",
+    workspace_root: Path = settings.option(settings.path, Path("incidents"), "DIR",
         "where agents work, by incident", existing=True)
-    role: Role = _option(_choice(*Role), Role.ALL, "ROLE",
+    role: Role = settings.option(settings.choice(*Role), Role.ALL, "ROLE",
         "all, ingest (only watch clusters) or worker (only investigate)")
-    subscribe_mode: SubscribeMode = _option(_choice(*SubscribeMode), SubscribeMode.FAULTS, "MODE",
+    subscribe_mode: SubscribeMode = settings.option(
+        settings.choice(*SubscribeMode), SubscribeMode.FAULTS, "MODE",
         "faults, or events (every Kubernetes event)", existing=True)
-    agent_cli: str = _option(_choice("claude", "command"), "claude", "NAME",
+    agent_cli: str = settings.option(settings.choice("claude", "command"), "claude", "NAME",
         "the agent: claude, or command (runs agent_command)", existing=True)
-    agent_command: tuple[str, ...] = _option(_argv, (), "ARGV",
+    agent_command: tuple[str, ...] = settings.option(settings.argv, (), "ARGV",
         "the agent's command; {workspace}, {incident_id} and {prompt_file} are filled in")
-    agent_model: str | None = _option(_text, None, "MODEL",
+    agent_model: str | None = settings.option(settings.text, None, "MODEL",
         "the model that the agent is told to use", existing=True)
-    agent_allowed_tools: tuple[str, ...] = _option(_names,
+    agent_allowed_tools: tuple[str, ...] = settings.option(settings.names,
         ("Read", "Write", "Grep", "Glob", "Bash"), "A,B", "tools that it may use", existing=True)
-    agent_env: tuple[str, ...] = _option(_names, (), "A,B",
+    agent_env: tuple[str, ...] = settings.option(settings.names, (), "A,B",
         "further environment variables that the agent gets")
-    agent_system_prompt_file: Path | None = _option(_path, None, "FILE",
+    agent_system_prompt_file: Path | None = settings.option(settings.path, None, "FILE",
         "replaces the built-in prompt", existing=True)
-    additional_agent_prompt: str | None = _option(_text, None, "TEXT",
+    additional_agent_prompt: str | None = settings.option(settings.text, None, "TEXT",
         "text added to every prompt", existing=True)
-    agent_timeout: float = _option(_seconds(1), 300.0, "SECONDS",
+    agent_timeout: float = settings.option(settings.seconds(1), 300.0, "SECONDS",
         "time limit of one agent", existing=True)
-    agent_output_limit: int = _option(_integer(65536), 10_000_000, "BYTES",
+    agent_output_limit: int = settings.option(settings.integer(65536), 10_000_000, "BYTES",
         "how much is kept of an agent's stdout, and of its stderr")
-    agent_retries: int = _option(_integer(0, 100), 0, "N",
+    agent_retries: int = settings.option(settings.integer(0, 100), 0, "N",
         "how often an incident is tried again after its agent failed")
-    anthropic_api_key: str | None = _option(_text, None, "KEY",
+    anthropic_api_key: str | None = settings.option(settings.text, None, "KEY",
         "key of the model service, for claude", existing=True, secret=True)
-    max_concurrent_agents: int = _option(_integer(1, 1000), 5, "N",
+    max_concurrent_agents: int = settings.option(settings.integer(1, 1000), 5, "N",
         "agents at the same time", existing=True)
-    max_agents_per_cluster: int = _option(_integer(0, 1000), 0, "N",
+    max_agents_per_cluster: int = settings.option(settings.integer(0, 1000), 0, "N",
         "agents at the same time for one cluster; 0: no limit")
-    max_attempts: int = _option(_integer(1, 1000), 3, "N",
+    max_attempts: int = settings.option(settings.integer(1, 1000), 3, "N",
         "attempts before an incident whose workers keep dying is FAILED")
-    lease_duration: float = _option(_seconds(1, 3600), 60.0, "SECONDS",
+    lease_duration: float = settings.option(settings.seconds(1, 3600), 60.0, "SECONDS",
         "how long a claim outlives the last heartbeat; there are four in that time")
-    shutdown_timeout: float = _option(_seconds(0, 86400), 30.0, "SECONDS",
+    shutdown_timeout: float = settings.option(settings.seconds(0, 86400), 30.0, "SECONDS",
         "how long agents may go on after SIGTERM", existing=True)
-    health_listen: str = _option(_address, "127.0.0.1:8080", "HOST:PORT",
+    health_listen: str = settings.option(_address, "127.0.0.1:8080", "HOST:PORT",
         "address of /healthz, /readyz and /health/clusters; port 0: any free one")
-    log_level: str = _option(_choice("debug", "info", "warning", "error"), "info", "LEVEL",
+    log_level: str = settings.option(
+        settings.choice("debug", "info", "warning", "error"), "info", "LEVEL",
         "debug, info, warning or error", existing=True)
-    log_format: str = _option(_choice("auto", "text", "json"), "auto", "FORMAT",
+    log_format: str = settings.option(settings.choice("auto", "text", "json"), "auto", "FORMAT",
         "text, json, or auto: text on a terminal")
     # fmt: on
 
@@ -842,34 +727,10 @@ class Config:
                     yield value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """One setting: YAML key, `--flag` and NIGHTCRIER_VARIABLE have the same name."""
-
-    key: str
-    read: Callable[[object], Any]
-    default: Any
-    metavar: str
-    help: str
-    existing: bool
-    secret: bool
-
-    @property
-    def flag(self) -> str | None:
-        """Secrets have no flag: `ps` shows the command line to everybody."""
-        return None if self.secret else "--" + self.key.replace("_", "-")
-
-    @property
-    def variables(self) -> tuple[str, ...]:
-        name = self.key.upper()
-        older = {"SQLITE": "SQLITE_PATH", "SHUTDOWN_TIMEOUT": "SHUTDOWN_TIMEOUT_SECONDS"}
-        return (f"NIGHTCRIER_{name}", *([older.get(name, name)] if self.existing else []))
-
-
-OPTIONS = tuple(
-    Option(key=setting.name, default=setting.default, **setting.metadata)
-    for setting in dataclasses.fields(Config)
-    if setting.metadata
+OPTIONS = settings.options_of(
+    Config,
+    prefix="NIGHTCRIER_",
+    older={"sqlite": "SQLITE_PATH", "shutdown_timeout": "SHUTDOWN_TIMEOUT_SECONDS"},
 )
 
 # Keys of the existing nightcrier: under another name here, or of no effect and why.
@@ -901,85 +762,13 @@ _IGNORED = {
 }
 
 
-class _YAMLFile:
-    """A parsed YAML file that knows on which line each value stands; without a path it is empty."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.problems: list[str] = []
-        self._lines: dict[tuple[str | int, ...], int] = {}
-        self.values: dict[str, Any] = {}
-        if path is not None:
-            self._read(path, self.problems)
-
-    def _read(self, path: Path, problems: list[str]) -> None:
-        import yaml
-
-        try:
-            # utf-8-sig: editors on Windows put a byte order mark in front
-            text = path.read_text(encoding="utf-8-sig")
-            loader = yaml.SafeLoader(text)
-            try:
-                if node := loader.get_single_node():
-                    self._locate(node, ())
-                    self._take(loader.construct_document(node))
-            finally:
-                loader.dispose()
-        except OSError as error:
-            problems.append(f"{path}: cannot be read: {error.strerror}")
-        except UnicodeDecodeError:
-            problems.append(f"{path}: is not UTF-8 text")
-        except RecursionError:
-            problems.append(f"{path}: is nested too deeply")
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-            text = getattr(error, "problem", None) or str(error).partition("\n")[0]
-            problems.append(f"{path}{where}: {one_line(text)}")
-        except Exception as error:  # a date that is none, `!!bool what`: PyYAML checks neither
-            problems.append(f"{path}: holds a value that cannot be read: {one_line(str(error))}")
-
-    def _locate(self, node: Any, place: tuple[str | int, ...]) -> None:
-        self._lines[place] = node.start_mark.line + 1
-        if node.id == "mapping":
-            for key, value in node.value:
-                inner = (*place, str(key.value))
-                if inner in self._lines:
-                    line = key.start_mark.line + 1
-                    self.problems.append(
-                        f"{self.path}:{line}: {key.value!r} is given twice (first on line "
-                        f"{self._lines[inner]}): remove one"
-                    )
-                self._locate(value, inner)
-                self._lines[inner] = key.start_mark.line + 1
-        elif node.id == "sequence":
-            for index, item in enumerate(node.value):
-                self._locate(item, (*place, index))
-        elif node.tag.endswith(":int") and len(node.value) > 40:
-            raise ValueError("a number is too long")  # Python would not print it in a message
-
-    def _take(self, document: object) -> None:
-        if isinstance(document, dict):
-            self.values = {str(key): value for key, value in document.items()}
-        elif document is not None:
-            self.problems.append(f"{self.path}:1: must hold settings, one `key: value` a line")
-
-    def problem(self, text: str, *place: str | int) -> None:
-        self.problems.append(f"{self.where(*place)}: {text}")
-
-    def where(self, *place: str | int) -> str:
-        while place and place not in self._lines:
-            place = place[:-1]
-        return f"{self.path}:{self._lines.get(place, 1)}"
-
-
 _CLUSTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}")
 
 
 def _check_endpoint(value: object) -> str:
     from urllib.parse import urlsplit
 
-    url = _text(value)
+    url = settings.text(value)
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
@@ -998,36 +787,23 @@ def _cluster_name(value: object) -> str:
     return value
 
 
-def _readable(value: object) -> Path:
-    path = _path(value)
-    if not os.path.isfile(path):  # unlike Path.is_file, never raises
-        raise ValueError(f"{path} is not there")
-    return path
-
-
-def _labels(value: object) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise ValueError("must be a mapping of texts")
-    return {str(key): str(text) for key, text in value.items()}
-
-
 # Key of a cluster in the file: the field of ClusterConfig (none: understood, without effect).
 _CLUSTER_KEYS: Mapping[str, tuple[str, Callable[[object], Any]]] = {
     "name": ("name", _cluster_name),
     "environment": ("environment", str),
-    "labels": ("labels", _labels),
+    "labels": ("labels", settings.labels),
     "mcp.endpoint": ("endpoint", _check_endpoint),
-    "mcp.api_key": ("api_key", _text),
-    "mcp.api_key_file": ("api_key_file", _readable),
-    "mcp.ca_file": ("ca_file", _readable),
-    "triage.enabled": ("triage_enabled", _boolean),
-    "triage.kubeconfig": ("kubeconfig", _readable),
-    "triage.allow_secrets_access": ("", _boolean),
+    "mcp.api_key": ("api_key", settings.text),
+    "mcp.api_key_file": ("api_key_file", settings.readable),
+    "mcp.ca_file": ("ca_file", settings.readable),
+    "triage.enabled": ("triage_enabled", settings.boolean),
+    "triage.kubeconfig": ("kubeconfig", settings.readable),
+    "triage.allow_secrets_access": ("", settings.boolean),
 }
 _CLUSTER_SECTIONS = ("mcp", "triage")
 
 
-def _clusters_from_file(file: _YAMLFile) -> Iterator[ClusterConfig]:
+def _clusters_from_file(file: settings.YAMLFile) -> Iterator[ClusterConfig]:
     """The `clusters` list; mistakes go to the file's problems."""
     listed = file.values.get("clusters") or []
     if not isinstance(listed, list):
@@ -1048,7 +824,7 @@ def _clusters_from_file(file: _YAMLFile) -> Iterator[ClusterConfig]:
             yield ClusterConfig(**values)
 
 
-def _cluster_values(file: _YAMLFile, item: object, index: int) -> Iterator[tuple[str, Any]]:
+def _cluster_values(file: settings.YAMLFile, item: object, index: int) -> Iterator[tuple[str, Any]]:
     """Field and value for each key of a cluster; None for a value that is a mistake."""
     found: list[tuple[tuple[str, ...], object]] = [((), item)]
     while found:
@@ -1063,7 +839,7 @@ def _cluster_values(file: _YAMLFile, item: object, index: int) -> Iterator[tuple
                 text = f"{key or 'clusters'}: must be a mapping, with name and mcp.endpoint"
                 file.problem(text, "clusters", index, *place)
         elif key not in _CLUSTER_KEYS:
-            hint = _did_you_mean(key, [*_CLUSTER_KEYS, *_CLUSTER_SECTIONS])
+            hint = settings.did_you_mean(key, [*_CLUSTER_KEYS, *_CLUSTER_SECTIONS])
             file.problem(f"{key}: unknown key{hint}", "clusters", index, *place)
         else:
             name, read = _CLUSTER_KEYS[key]
@@ -1097,88 +873,22 @@ def find_config_file(given: str | None, environment: Mapping[str, str]) -> Path 
     return next((path for path in _CONFIG_PLACES if os.path.isfile(path)), None)
 
 
-class _Reader:
-    """Collects the value of every option: flag over environment over file over default."""
-
-    def __init__(
-        self, flags: Mapping[str, Any], environment: Mapping[str, str], file: _YAMLFile
-    ) -> None:
-        self._flags = flags
-        self._environment = environment
-        self._file = file
-        self.problems = file.problems
-        self.warnings: list[str] = []
-        self.given: set[str] = set()
-
-    def options(self) -> dict[str, Any]:
-        self._check_keys()
-        return {option.key: self._option(option) for option in OPTIONS}
-
-    def _candidates(self, option: Option) -> Iterator[tuple[str, object]]:
-        """Where the option is given, most important first: (place, value)."""
-        if self._flags.get(option.key) is not None:
-            yield str(option.flag), self._flags[option.key]
-        for name in option.variables:
-            if self._environment.get(name):
-                yield name, self._environment[name]
-        if option.secret:
-            yield from self._secret_files(option)
-        if self._file.values.get(option.key) is not None:
-            yield f"{self._file.where(option.key)}: {option.key}", self._file.values[option.key]
-
-    def _secret_files(self, option: Option) -> Iterator[tuple[str, object]]:
-        variable, key = option.variables[0] + "_FILE", option.key + "_file"
-        given = {
-            variable: self._environment.get(variable),
-            f"{self._file.where(key)}: {key}": self._file.values.get(key),
-        }
-        for place, path in given.items():
-            try:
-                if path:
-                    yield place, _path(path).read_text(encoding="utf-8").strip()
-            except (OSError, ValueError) as error:
-                self.problems.append(f"{place}: cannot be read: {error}")
-
-    def _option(self, option: Option) -> Any:
-        for place, value in self._candidates(option):
-            self.given.add(option.key)
-            try:
-                return option.read(value)
-            except ValueError as error:
-                shown = "" if option.secret else f"{one_line(str(value), 60)!r} "
-                self.problems.append(f"{place}: {shown}{error}")
-                return option.default
-        return option.default
-
-    def _check_keys(self) -> None:
-        """Unknown keys are mistakes; keys of the existing nightcrier are warnings that say why."""
-        values, where = self._file.values, self._file.where
-        known = {option.key for option in OPTIONS} | {"clusters"}
-        known |= {option.key + "_file" for option in OPTIONS if option.secret}
-        storage = values.pop("state_storage", None)
-        if isinstance(storage, dict):
-            self._take_state_storage(storage)
-        elif storage is not None:
-            self.problems.append(f"{where('state_storage')}: state_storage: must be a mapping")
-        for key in values:
-            if key in _IGNORED:
-                self.warnings.append(f"{where(key)}: {key} has no effect: {_IGNORED[key]}")
-            elif key not in known:
-                self.problems.append(
-                    f"{where(key)}: unknown key {key!r}{_did_you_mean(key, known)}"
-                )
-
-    def _take_state_storage(self, storage: Mapping[str, Any]) -> None:
-        for key, value in storage.items():
-            place = self._file.where("state_storage", str(key))
-            if new := _RENAMED.get(key):
-                if value == "postgres":
-                    self.problems.append(f"{place}: this version has no PostgreSQL yet: use sqlite")
-                else:
-                    self._file.values.setdefault(new, value)
-                    self.warnings.append(f"{place}: state_storage.{key} is now called {new}")
+def _take_state_storage(file: settings.YAMLFile, warnings: list[str]) -> None:
+    """Give what the existing nightcrier has in `state_storage` the names that it has here."""
+    storage = file.values.pop("state_storage", None)
+    if storage is not None and not isinstance(storage, dict):
+        file.problem("state_storage: must be a mapping", "state_storage")
+        return
+    for key, value in (storage or {}).items():
+        place = file.where("state_storage", str(key))
+        if new := _RENAMED.get(key):
+            if value == "postgres":
+                file.problems.append(f"{place}: this version has no PostgreSQL yet: use sqlite")
             else:
-                self.warnings.append(f"{place}: state_storage.{key} has no effect: {_NOT_YET}")
+                file.values.setdefault(new, value)
+                warnings.append(f"{place}: state_storage.{key} is now called {new}")
+        else:
+            warnings.append(f"{place}: state_storage.{key} has no effect: {_NOT_YET}")
 
 
 def load_config(
@@ -1195,10 +905,12 @@ def load_config(
     """
     environment = os.environ if environment is None else environment
     path = find_config_file(flags.get("config"), environment)
-    file = _YAMLFile(path)
+    file = settings.YAMLFile(path, one_line)
     problems = file.problems
-    reader = _Reader(flags, environment, file)
-    values = reader.options()
+    reader = settings.Reader(OPTIONS, flags, environment, file)
+    _take_state_storage(file, reader.warnings)
+    reader.check_keys(others=("clusters",), ignored=_IGNORED)
+    values = reader.values()
     clusters = list(_clusters_from_flags(flags.get("cluster") or (), problems))
     clusters += _clusters_from_file(file)
     for name, count in collections.Counter(cluster.name for cluster in clusters).items():
@@ -1215,107 +927,18 @@ def load_config(
     return Config(
         **values,
         clusters=tuple(clusters),
-        given=frozenset(reader.given),
+        given=frozenset(reader.origin),
         warnings=tuple(reader.warnings),
     )
 
 
 # ============================================================================
 # 4. Observability
-# One event, one line; no secret, and no control character from outside, gets into it.
+# One event, one line. Redaction and formats know no incidents: they live in logs.py.
 # ============================================================================
 
 
-class Redactor:
-    """Removes known secret values from text that leaves the process or is stored."""
-
-    def __init__(self, secret_values: Iterable[str] = ()) -> None:
-        self._pattern: re.Pattern[str] | None = None
-        self._values: set[str] = set()
-        self.add(secret_values)
-
-    def add(self, secret_values: Iterable[str]) -> None:
-        # Very short values would blank out ordinary words.
-        plain = {value for value in secret_values if len(value) >= 6}
-        self._values |= plain | {json.dumps(value)[1:-1] for value in plain}  # as in JSON lines
-        longest_first = sorted(self._values, key=len, reverse=True)
-        if longest_first:
-            self._pattern = re.compile("|".join(re.escape(value) for value in longest_first))
-
-    def __call__(self, text: str) -> str:
-        return text if self._pattern is None else self._pattern.sub("[redacted]", text)
-
-
-redact = Redactor()
-
-_STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-
-def _extra_fields(record: logging.LogRecord) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in vars(record).items()
-        if key not in _STANDARD_FIELDS and value is not None
-    }
-
-
-class _TextFormatter(logging.Formatter):
-    """`03:00:00 WARNING stream lost  cluster=prod` for a person at a terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        fields = "".join(
-            f"  {key}={one_line(redact(str(value)))}"  # first: a secret cut in half would pass
-            for key, value in _extra_fields(record).items()
-        )
-        message = one_line(redact(record.getMessage()), 2000)
-        trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
-        lines = [f"{clock} {record.levelname:<7} {message}{fields}"]
-        return "\n".join(lines + [one_line(redact(line), 2000) for line in trace])
-
-
-class _JSONFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": format_time(datetime.fromtimestamp(record.created, UTC)),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            **_extra_fields(record),
-        }
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return redact(json.dumps(entry, default=str))
-
-
-def setup_logging(level: str, log_format: str) -> None:
-    """Send the program's log to stderr; stdout is for results."""
-    handler = logging.StreamHandler(sys.stderr)
-    text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
-    handler.setFormatter(_TextFormatter() if text else _JSONFormatter())
-    log.handlers[:] = [handler]
-    log.setLevel(level.upper())
-    log.propagate = False
-
-
-class Throttle:
-    """Lets the first of repeated messages through, then one a minute with the number left out."""
-
-    def __init__(self, interval: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._interval = interval
-        self._clock = clock
-        self._seen: dict[str, tuple[float, int]] = {}
-
-    def admit(self, subject: str) -> int | None:
-        """None: be quiet. Otherwise how many messages on `subject` were left out since the last."""
-        now = self._clock()
-        last, left_out = self._seen.get(subject, (None, 0))
-        if last is not None and now - last < self._interval:
-            self._seen[subject] = (last, left_out + 1)
-            return None
-        if len(self._seen) > 100:  # subjects may come from outside
-            self._seen.clear()
-        self._seen[subject] = (now, 0)
-        return left_out
+log = logging.getLogger("nightcrier")
 
 
 # ============================================================================
@@ -4419,8 +4042,8 @@ COMMANDS: Mapping[str, Command] = {
 
 def _add_command(parser: argparse.ArgumentParser, command: Command) -> None:
     parser.set_defaults(command=command.run)
-    for name, settings in command.arguments.items():
-        parser.add_argument(name, **settings)
+    for name, argument in command.arguments.items():
+        parser.add_argument(name, **argument)
     group = parser.add_argument_group("configuration (also NIGHTCRIER_<NAME>, or in the file)")
     for option in OPTIONS:
         if option.flag and (command.options is None or option.key in command.options):

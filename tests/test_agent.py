@@ -31,6 +31,7 @@ import agent_process
 import nightcrier
 from agent_process import Program, ProgramEnd, SupervisedProcess, Supervisor
 from conftest import a_config, an_event, an_execution, an_incident, is_running, wait_until
+from logs import Redactor
 from nightcrier import Config, IncidentStatus, Outcome, Usage
 
 ROOT = Path(__file__).parents[1]
@@ -1286,7 +1287,7 @@ def test_a_report_is_storable_whatever_bytes_it_has(workspace: Path) -> None:
 def test_secrets_that_an_agent_found_are_not_in_the_report(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nightcrier, "redact", nightcrier.Redactor(["sk-very-secret"]))
+    monkeypatch.setattr(nightcrier, "redact", Redactor(["sk-very-secret"]))
     report_in(workspace).write_text("The key is sk-very-secret. " + "x" * 100)
     assert "sk-very-secret" not in nightcrier.read_report(workspace)
     assert "The key is [redacted]." in nightcrier.read_report(workspace)

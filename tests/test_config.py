@@ -1,4 +1,4 @@
-"""Section 3: one table of options; files, environment and flags; every mistake at once."""
+"""Section 3 and settings.py: one table of options; file, variable, flag; every mistake at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import nightcrier
-from nightcrier import OPTIONS, Config, ConfigError, Option
+from nightcrier import OPTIONS, Config, ConfigError
+from settings import Option
 
 LOADS = Callable[..., Config]
 

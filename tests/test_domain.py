@@ -125,20 +125,6 @@ def test_clean_text_is_storable_and_cleaning_twice_changes_nothing(text: str) ->
     assert nightcrier.clean_text(cleaned) == cleaned
 
 
-@given(st.text(alphabet=st.characters(), max_size=50))
-def test_one_line_is_one_printable_line(text: str) -> None:
-    line = nightcrier.one_line(text)
-
-    line.encode("utf-8")
-    assert len(line.splitlines()) <= 1
-    assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", line)
-
-
-def test_one_line_shows_escapes_instead_of_obeying_them() -> None:
-    assert nightcrier.one_line("a\x1b[31mred\nb\u202ec") == r"a\x1b[31mred\nb\u202ec"
-    assert nightcrier.one_line("x" * 600) == "x" * 499 + "…"
-
-
 # --- reading a fault --------------------------------------------------------------------------
 
 FAULT: dict[str, Any] = {  # as a real server sends it

@@ -13,6 +13,7 @@ import pytest
 import nightcrier
 from conftest import NOON
 from fake_mcp import run
+from logs import Redactor
 from nightcrier import ClusterRecord, ConnectionState, HealthServer
 from running_program import get
 
@@ -99,7 +100,7 @@ def test_no_cluster_is_an_empty_list() -> None:
 
 
 def test_a_secret_in_an_error_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nightcrier, "redact", nightcrier.Redactor(["sesame-open"]))
+    monkeypatch.setattr(nightcrier, "redact", Redactor(["sesame-open"]))
     leaking = dataclasses.replace(BETA, last_error="the server said sesame-open")
     _, body = ask("/health/clusters", records=lambda: [leaking])
     assert "sesame-open" not in body

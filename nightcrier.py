@@ -90,6 +90,7 @@ from mcp_client import backoff, jitter, split_address
 from sql_database import (
     Database,
     FileLock,
+    Row,
     RowRefused,
     SQLiteDatabase,
     SQLiteMigrationTarget,
@@ -406,6 +407,7 @@ class ClusterRecord:
     malformed_total: int = 0
     last_error: str | None = None
     updated_at: datetime | None = None
+    owner: str | None = None  # the replica that watches, where replicas share the clusters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -983,15 +985,10 @@ _SELECT_INCIDENT = f"""
     from incidents i left join fault_events e on e.event_id = i.incident_id"""
 
 
-def _insert(table: str, fields: Sequence[str]) -> str:
-    values = ", ".join(f":{name}" for name in fields)
-    return f"insert into {table} ({', '.join(fields)}) values ({values})"
-
-
-def _upsert(table: str, fields: Sequence[str], key: Sequence[str], changed: Sequence[str]) -> str:
-    """Insert a row, or change some fields of the one with the same key."""
-    changes = ", ".join(f"{name} = excluded.{name}" for name in changed)
-    return f"{_insert(table, fields)} on conflict ({', '.join(key)}) do update set {changes}"
+def _on_conflict(key: Sequence[str], fields: Sequence[str]) -> str:
+    """Of a row whose key is there already, change the other fields."""
+    changes = ", ".join(f"{name} = excluded.{name}" for name in fields if name not in key)
+    return f"on conflict ({', '.join(key)}) do update set {changes}"
 
 
 def _stored(value: object) -> object:
@@ -1047,18 +1044,6 @@ def _incident_from(row: Sequence[Any]) -> Incident:
     return Incident(event=event, **_values(_STATE_FIELDS, row[split:]))
 
 
-_INSERT_EVENT = _insert("fault_events", _EVENT_FIELDS) + " on conflict do nothing"
-
-# `where exists`: a repeated delivery was left out above, and its incident is left out with it.
-_INSERT_INCIDENT = """
-    insert into incidents (incident_id, status, queue_key, cluster, severity, fault_type,
-                           resource_kind, resource_namespace, resource_name,
-                           created_at, completed_at)
-    select :event_id, :status, :queue_key, :cluster, :severity, :fault_type,
-           :resource_kind, :resource_namespace, :resource_name, :received_at, :completed_at
-    where exists (select 1 from fault_events where event_id = :event_id)
-    on conflict do nothing"""
-
 _INSERT_TRANSITION = """
     insert into incident_transitions
         (incident_id, seq, from_status, to_status, at, worker_id, reason)
@@ -1069,28 +1054,18 @@ _INSERT_TRANSITION = """
 
 # An execution is opened when its agent runs, and closed with the incident; one that never ran is
 # inserted closed.
-_SAVE_EXECUTION = _upsert(
-    "agent_executions",
-    _EXECUTION_FIELDS,
-    key=("incident_id", "attempt"),
-    changed=[f for f in _EXECUTION_FIELDS if f not in ("execution_id", "incident_id", "attempt")],
+_EXECUTION_KEPT = ("execution_id", "incident_id", "attempt")
+_IF_EXECUTION_IS_THERE = _on_conflict(
+    ("incident_id", "attempt"), [name for name in _EXECUTION_FIELDS if name not in _EXECUTION_KEPT]
 )
-_SAVE_CLUSTER = _upsert(
-    "clusters",
-    _CLUSTER_FIELDS,
-    key=("cluster",),
-    changed=[name for name in _CLUSTER_FIELDS if name != "cluster"],
+# Whoever lost the lease of a cluster does not write over what its successor says of it.
+_IF_CLUSTER_IS_THERE = (
+    _on_conflict(("cluster", "owner"), _CLUSTER_FIELDS).replace("(cluster, owner)", "(cluster)")
+    + " where clusters.owner is not distinct from excluded.owner"
 )
-_SAVE_GAP = _upsert(
-    "cluster_gaps", _GAP_FIELDS, key=("cluster", "lost_at"), changed=("restored_at",)
-)
+_IF_GAP_IS_THERE = _on_conflict(("cluster", "lost_at"), ("restored_at",))
 _WORKER_FIELDS = tuple(f.name for f in dataclasses.fields(WorkerRecord))
-_SAVE_WORKER = _upsert(
-    "workers",
-    (*_WORKER_FIELDS, "version", "heartbeat_at"),
-    key=("worker_id",),
-    changed=("state", "heartbeat_at"),
-)
+_IF_WORKER_IS_THERE = _on_conflict(("worker_id",), ("state", "heartbeat_at"))
 
 
 class _IncidentQueries:
@@ -1124,26 +1099,22 @@ class _IncidentQueries:
         def job(tx: Transaction) -> list[Incident]:
             skipped = frozenset(without_triage)
             incidents = self._new_incidents(tx, list(unique.values()), skipped)
-            rows = [
-                {
-                    **_params(incident.event, _EVENT_FIELDS),
-                    "status": incident.status,
-                    "queue_key": incident.queue_key,
-                    "completed_at": _stored(incident.completed_at),
-                }
-                for incident in incidents
-            ]
-            tx.run_many(_INSERT_EVENT, rows)
-            if tx.run_many(_INSERT_INCIDENT, rows) == len(rows):
+            rows = [_params(incident.event, _EVENT_FIELDS) for incident in incidents]
+            whole = tx.insert("fault_events", rows, "on conflict do nothing") == len(rows)
+            stored = incidents if whole else [new for new in incidents if _has_event(tx, new)]
+            rows = [_incident_row(incident) for incident in stored]
+            if tx.insert("incidents", rows, "on conflict do nothing") == len(incidents):
                 return incidents
-            return [new for new in incidents if self._is_new(tx, new)]
+            return [new for new in stored if self._is_new(tx, new)]
 
-        return self._database.write(job) if events else []
+        created = self._database.write(job) if events else []
+        if any(incident.status is IncidentStatus.PENDING for incident in created):
+            self._database.notify(INCIDENTS)
+        return created
 
     def _new_incidents(
         self, tx: Transaction, events: Sequence[FaultEvent], skipped: Collection[str]
     ) -> list[Incident]:
-        now = utc_now()
         queued = [event for event in events if event.cluster not in skipped]
         head = tx.run("""
             select queue_key from incidents where status = 'PENDING'
@@ -1159,11 +1130,11 @@ class _IncidentQueries:
 
         keys = iter(
             self._lanes.assign(
-                queued, now=now, head=head[0][0] if head else None, newest_pending=newest_pending
+                queued, now=tx.now, head=head[0][0] if head else None, newest_pending=newest_pending
             )
         )
         return [
-            new_incident(event, now, None if event.cluster in skipped else next(keys))
+            new_incident(event, tx.now, None if event.cluster in skipped else next(keys))
             for event in events
         ]
 
@@ -1196,61 +1167,47 @@ class _IncidentQueries:
         """
 
         def job(tx: Transaction) -> list[Incident]:
-            now = utc_now()
-            held = _held_clusters(tx, now)
+            held = _held_clusters(tx)
             if max_per_cluster or held:
                 wanted = _pick_around(tx, limit, held, max_per_cluster)
             else:
                 wanted = _pick_head(tx, limit)
-            return [self._claim(tx, found, worker_id, now, lease) for found in wanted]
+            claimed = [_claimed(found, worker_id, tx.now, lease) for found in wanted]
+            rows = [_params(incident, _CLAIM_FIELDS) for incident in claimed]
+            tx.update("incidents", "incident_id", rows)
+            _record_transitions(tx, claimed, IncidentStatus.PENDING, "claimed")
+            return claimed
 
         return self._database.write(job) if limit > 0 else []
 
-    @staticmethod
-    def _claim(
-        tx: Transaction, found: Incident, worker_id: str, now: datetime, lease: timedelta
-    ) -> Incident:
-        claimed = dataclasses.replace(
-            found,
-            status=IncidentStatus.RUNNING,
-            attempt=found.attempt + 1,
-            attempts_charged=found.attempts_charged + 1,
-            claimed_by=worker_id,
-            lease_expires_at=now + lease,
-            started_at=found.started_at or now,
-        )
-        tx.run(
-            """update incidents
-               set status = 'RUNNING', attempt = :attempt, attempts_charged = :attempts_charged,
-                   claimed_by = :claimed_by, lease_expires_at = :lease_expires_at,
-                   started_at = :started_at
-               where incident_id = :incident_id and status = 'PENDING'""",
-            incident_id=claimed.incident_id,
-            **_params(
-                claimed,
-                ("attempt", "attempts_charged", "claimed_by", "lease_expires_at", "started_at"),
-            ),
-        )
-        _record_transition(tx, claimed, found.status, claimed.status, now, "claimed")
-        return claimed
+    def claimed_incidents(self, worker_id: str) -> list[Incident]:
+        """What a worker holds; a claim whose answer was lost with the connection is among it."""
+        statement = f"{_SELECT_INCIDENT} where i.status = 'RUNNING' and i.claimed_by = :worker_id"
+        rows = self._database.read(lambda tx: tx.run(statement, worker_id=worker_id))
+        return [_incident_from(row) for row in rows]
 
     def renew_leases(self, incidents: Sequence[Incident], lease: timedelta) -> list[str]:
         """Extend the leases of claimed incidents; returns the ids of those that are lost."""
 
         def job(tx: Transaction) -> list[str]:
-            until = format_time(utc_now() + lease)
-            return [
-                incident.incident_id
-                for incident in incidents
-                if not tx.run(
-                    """update incidents set lease_expires_at = :until
-                       where incident_id = :incident_id and status = 'RUNNING'
-                         and claimed_by = :claimed_by and attempt = :attempt
-                       returning 1""",
-                    until=until,
-                    **_holder(incident),
+            held = {
+                found
+                for worker_id in sorted({str(incident.claimed_by) for incident in incidents})
+                for found in tx.run(
+                    f"""select incident_id, attempt, claimed_by from incidents
+                        where status = 'RUNNING' and claimed_by = :worker_id {tx.lock_rows}""",
+                    worker_id=worker_id,
                 )
-            ]
+            }
+            until = format_time(tx.now + lease)
+            ours = {
+                incident.incident_id: (incident.incident_id, incident.attempt, incident.claimed_by)
+                for incident in incidents
+            }
+            kept = [incident_id for incident_id, claim in ours.items() if claim in held]
+            rows = [{"incident_id": kept_id, "lease_expires_at": until} for kept_id in kept]
+            tx.update("incidents", "incident_id", rows)
+            return [incident_id for incident_id in ours if incident_id not in kept]
 
         return self._database.write(job) if incidents else []
 
@@ -1268,7 +1225,7 @@ class _IncidentQueries:
             )
             if not held:
                 raise LeaseLost(execution.incident_id, execution.attempt)
-            tx.run(_SAVE_EXECUTION, **_params(execution, _EXECUTION_FIELDS))
+            _save_execution(tx, execution)
 
         self._database.write(job)
 
@@ -1276,18 +1233,21 @@ class _IncidentQueries:
         """Write the outcome of a claimed incident: incident, transition, execution and report.
 
         All in one transaction; raises LeaseLost and writes nothing if the lease is gone. Returns
-        the new status, which is PENDING when the agent is to be tried again.
+        the new status, which is PENDING when the agent is to be tried again. Whoever does not
+        know whether it was written (CommitUnknown) asks again: the same execution ends once.
         """
 
         def job(tx: Transaction) -> IncidentStatus:
-            now = utc_now()
             status, reason, key = completion.status, completion.failure_reason or "", None
             if self._tries_again(tx, incident, completion):
                 status, reason = IncidentStatus.PENDING, "agent_retry"
-                key = microseconds(now + completion.retry_delay)
-            self._leave_running(tx, incident, status, now, reason, completion, queue_key=key)
+                key = microseconds(tx.now + completion.retry_delay)
+            try:
+                self._leave_running(tx, incident, status, reason, completion, queue_key=key)
+            except LeaseLost:
+                return _written_before(tx, incident, completion)
             if completion.execution is not None:
-                tx.run(_SAVE_EXECUTION, **_params(completion.execution, _EXECUTION_FIELDS))
+                _save_execution(tx, completion.execution)
                 if completion.report is not None:
                     _save_report(tx, completion.execution, completion.report)
             return status
@@ -1311,9 +1271,9 @@ class _IncidentQueries:
         """Back to PENDING, the attempt is not charged; raises LeaseLost."""
 
         def job(tx: Transaction) -> None:
-            self._leave_running(tx, incident, IncidentStatus.PENDING, utc_now(), reason, refund=1)
+            self._leave_running(tx, incident, IncidentStatus.PENDING, reason, refund=1)
             if execution is not None:
-                tx.run(_SAVE_EXECUTION, **_params(execution, _EXECUTION_FIELDS))
+                _save_execution(tx, execution)
 
         self._database.write(job)
 
@@ -1322,7 +1282,6 @@ class _IncidentQueries:
         tx: Transaction,
         incident: Incident,
         status: IncidentStatus,
-        now: datetime,
         reason: str,
         completion: Completion | None = None,
         *,
@@ -1344,7 +1303,7 @@ class _IncidentQueries:
                  and claimed_by = :claimed_by and attempt = :attempt
                returning 1""",
             status=status,
-            completed_at=format_time(now) if terminal else None,
+            completed_at=format_time(tx.now) if terminal else None,
             exit_code=completion.exit_code if completion and terminal else None,
             failure_reason=completion.failure_reason if completion and terminal else None,
             refund=refund,
@@ -1353,27 +1312,30 @@ class _IncidentQueries:
         )
         if not left:
             raise LeaseLost(incident.incident_id, incident.attempt)
-        _record_transition(tx, incident, IncidentStatus.RUNNING, status, now, reason)
+        left_as = dataclasses.replace(incident, status=status)
+        _record_transitions(tx, [left_as], IncidentStatus.RUNNING, reason)
 
     def release_expired(self, max_attempts: int) -> list[Incident]:
         """Take back expired leases: PENDING, or FAILED when `max_attempts` were charged."""
 
         def job(tx: Transaction) -> list[Incident]:
-            now = utc_now()
             rows = tx.run(
-                """select incident_id from incidents
-                   where status = 'RUNNING' and lease_expires_at <= :now""",
-                now=format_time(now),
+                f"""select incident_id from incidents
+                    where status = 'RUNNING' and lease_expires_at <= :now {tx.lock_free_rows}""",
+                now=format_time(tx.now),
             )
             for (incident_id,) in rows:
                 if incident := find_incident(tx, incident_id):
-                    self._expire(tx, incident, max_attempts, now)
+                    self._expire(tx, incident, max_attempts)
             found = (find_incident(tx, incident_id) for (incident_id,) in rows)
             return [incident for incident in found if incident is not None]
 
         if not self._database.read(self._any_expired):
             return []  # the common case costs no write transaction
-        return self._database.write(job)
+        expired = self._database.write(job)
+        if expired:
+            self._database.notify(INCIDENTS)
+        return expired
 
     @staticmethod
     def _any_expired(tx: Transaction) -> bool:
@@ -1381,13 +1343,11 @@ class _IncidentQueries:
             tx.run(
                 """select 1 from incidents
                    where status = 'RUNNING' and lease_expires_at <= :now limit 1""",
-                now=format_time(utc_now()),
+                now=format_time(tx.now),
             )
         )
 
-    def _expire(
-        self, tx: Transaction, incident: Incident, max_attempts: int, now: datetime
-    ) -> None:
+    def _expire(self, tx: Transaction, incident: Incident, max_attempts: int) -> None:
         reason = f"lease of worker {incident.claimed_by} ran out"
         completion = None
         status = IncidentStatus.PENDING
@@ -1395,15 +1355,54 @@ class _IncidentQueries:
             status = IncidentStatus.FAILED
             reason = f"{reason}, after {incident.attempts_charged} attempts"
             completion = Completion(status=status, execution=None, failure_reason=reason)
-        self._leave_running(tx, incident, status, now, reason, completion)
+        self._leave_running(tx, incident, status, reason, completion)
         tx.run(
             """update agent_executions
                set completed_at = :now, outcome = 'lease_lost', error_message = :reason
                where incident_id = :incident_id and completed_at is null""",
-            now=format_time(now),
+            now=format_time(tx.now),
             reason=reason,
             incident_id=incident.incident_id,
         )
+
+
+INCIDENTS = "incidents"  # the topic of notifications: there may be work
+
+
+_CLAIM_FIELDS = (
+    *("incident_id", "status", "attempt", "attempts_charged", "claimed_by"),
+    *("lease_expires_at", "started_at"),
+)
+
+
+def _claimed(found: Incident, worker_id: str, now: datetime, lease: timedelta) -> Incident:
+    return dataclasses.replace(
+        found,
+        status=IncidentStatus.RUNNING,
+        attempt=found.attempt + 1,
+        attempts_charged=found.attempts_charged + 1,
+        claimed_by=worker_id,
+        lease_expires_at=now + lease,
+        started_at=found.started_at or now,
+    )
+
+
+def _written_before(tx: Transaction, incident: Incident, completion: Completion) -> IncidentStatus:
+    """What an earlier, unanswered call made of the attempt; raises LeaseLost if there was none."""
+    written = completion.execution and tx.run(
+        """select 1 from agent_executions
+           where execution_id = :execution_id and outcome = :outcome""",
+        execution_id=completion.execution.execution_id,
+        outcome=completion.execution.outcome,
+    )
+    if not written:
+        raise LeaseLost(incident.incident_id, incident.attempt)
+    ends = tx.run(
+        """select to_status from incident_transitions
+           where incident_id = :incident_id and from_status = 'RUNNING' order by seq""",
+        incident_id=incident.incident_id,
+    )
+    return IncidentStatus(ends[incident.attempt - 1][0])  # every attempt ends once
 
 
 # A queue key is a virtual time, and may lie ahead of the clock; only that of a retry is a date.
@@ -1418,9 +1417,9 @@ def _pick_head(tx: Transaction, limit: int) -> list[Incident]:
     rows = tx.run(
         f"""{_SELECT_INCIDENT}
             where i.status = 'PENDING' and {_DUE}
-            order by i.queue_key, i.incident_id limit :limit""",
+            order by i.queue_key, i.incident_id limit :limit {tx.lock_free_rows}""",
         limit=limit,
-        clock=microseconds(utc_now()),
+        clock=microseconds(tx.now),
     )
     return [_incident_from(row) for row in rows]
 
@@ -1442,9 +1441,9 @@ def _pick_around(
             found += tx.run(
                 f"""select queue_key, incident_id from incidents i
                     where status = 'PENDING' and cluster = :cluster and {_DUE}
-                    order by queue_key, incident_id limit :limit""",
+                    order by queue_key, incident_id limit :limit {tx.lock_free_rows}""",
                 cluster=cluster,
-                clock=microseconds(utc_now()),
+                clock=microseconds(tx.now),
                 limit=min(room, limit),
             )
     picked = (find_incident(tx, incident_id) for _, incident_id in sorted(found)[:limit])
@@ -1491,40 +1490,62 @@ def _holder(incident: Incident) -> dict[str, Any]:
     }
 
 
-def _held_clusters(tx: Transaction, now: datetime) -> frozenset[str | None]:
+def _held_clusters(tx: Transaction) -> frozenset[str | None]:
     """Clusters whose work is not to be started; None stands for all of them."""
     rows = tx.run(
-        "select cluster from holds where until is null or until > :now", now=format_time(now)
+        "select cluster from holds where until is null or until > :now", now=format_time(tx.now)
     )
     return frozenset(row[0] for row in rows)
 
 
-def _record_transition(
-    tx: Transaction,
-    incident: Incident,
-    from_status: IncidentStatus,
-    to_status: IncidentStatus,
-    now: datetime,
-    reason: str,
+def _record_transitions(
+    tx: Transaction, incidents: Sequence[Incident], from_status: IncidentStatus, reason: str
 ) -> None:
-    tx.run(
-        _INSERT_TRANSITION,
-        incident_id=incident.incident_id,
-        from_status=from_status,
-        to_status=to_status,
-        now=format_time(now),
-        worker_id=incident.claimed_by,
-        reason=reason,
-    )
+    """Write down what the incidents have become. Their rows are locked: nobody else numbers."""
+    for incident in incidents:
+        tx.run(
+            _INSERT_TRANSITION,
+            incident_id=incident.incident_id,
+            from_status=from_status,
+            to_status=incident.status,
+            now=format_time(tx.now),
+            worker_id=incident.claimed_by,
+            reason=reason,
+        )
+
+
+def _save_execution(tx: Transaction, execution: AgentExecution) -> None:
+    row = _params(execution, _EXECUTION_FIELDS)
+    tx.insert("agent_executions", [row], _IF_EXECUTION_IS_THERE)
 
 
 def _save_report(tx: Transaction, execution: AgentExecution, report: TriageReport) -> None:
-    tx.run(
-        _insert("triage_reports", ("incident_id", "execution_id", *_REPORT_FIELDS)),
-        incident_id=execution.incident_id,
-        execution_id=execution.execution_id,
-        **_params(report, _REPORT_FIELDS),
-    )
+    row = _params(report, _REPORT_FIELDS)
+    row |= {"incident_id": execution.incident_id, "execution_id": execution.execution_id}
+    tx.insert("triage_reports", [row])
+
+
+def _has_event(tx: Transaction, incident: Incident) -> bool:
+    """Not if its delivery was stored before, under another id."""
+    return bool(tx.run("select 1 from fault_events where event_id = :id", id=incident.incident_id))
+
+
+def _incident_row(incident: Incident) -> dict[str, Any]:
+    """What is stored of a new incident."""
+    event = incident.event
+    return {
+        "incident_id": event.event_id,
+        "status": incident.status,
+        "queue_key": incident.queue_key,
+        "cluster": event.cluster,
+        "severity": event.severity,
+        "fault_type": event.fault_type,
+        "resource_kind": event.resource_kind,
+        "resource_namespace": event.resource_namespace,
+        "resource_name": event.resource_name,
+        "created_at": format_time(event.received_at),
+        "completed_at": _stored(incident.completed_at),
+    }
 
 
 class _ListQueries:
@@ -1633,10 +1654,17 @@ class _ClusterQueries:
     _database: Database
 
     def save_clusters(self, records: Sequence[ClusterRecord]) -> None:
-        now = format_time(utc_now())
-        rows = [{**_params(record, _CLUSTER_FIELDS), "updated_at": now} for record in records]
-        if rows:
-            self._database.write(lambda tx: tx.run_many(_SAVE_CLUSTER, rows))
+        """Store what is known of clusters, but not of one that another replica has taken over."""
+
+        def job(tx: Transaction) -> None:
+            now = format_time(tx.now)
+            rows = [{**_params(record, _CLUSTER_FIELDS), "updated_at": now} for record in ordered]
+            tx.insert("clusters", rows, _IF_CLUSTER_IS_THERE)
+
+        # in the same order everywhere: two that write the same rows cannot wait for each other
+        ordered = sorted(records, key=lambda record: record.cluster)
+        if ordered:
+            self._database.write(job)
 
     def list_clusters(self) -> list[ClusterRecord]:
         tail = "from clusters order by cluster"
@@ -1644,9 +1672,11 @@ class _ClusterQueries:
 
     def save_gaps(self, gaps: Sequence[ClusterGap]) -> None:
         """Store gaps; a gap that is already stored (same cluster and start) is updated."""
-        rows = [_params(gap, _GAP_FIELDS) for gap in gaps]
-        if rows:
-            self._database.write(lambda tx: tx.run_many(_SAVE_GAP, rows))
+        # by their key, and each once: a statement can change a row only once
+        rows = {(gap.cluster, gap.lost_at): _params(gap, _GAP_FIELDS) for gap in gaps}
+        ordered = [rows[key] for key in sorted(rows)]
+        if ordered:
+            self._database.write(lambda tx: tx.insert("cluster_gaps", ordered, _IF_GAP_IS_THERE))
 
     def open_gaps(self) -> list[ClusterGap]:
         """Gaps that have not ended."""
@@ -1655,9 +1685,13 @@ class _ClusterQueries:
 
     def save_worker(self, worker: WorkerRecord) -> None:
         """Register a worker, or renew its heartbeat and state."""
-        params = _params(worker, _WORKER_FIELDS)
-        params |= {"version": __version__, "heartbeat_at": format_time(utc_now())}
-        self._database.write(lambda tx: tx.run(_SAVE_WORKER, **params))
+        self._database.write(lambda tx: _save_worker(tx, worker))
+
+
+def _save_worker(tx: Transaction, worker: WorkerRecord) -> None:
+    row = _params(worker, _WORKER_FIELDS)
+    row |= {"version": __version__, "heartbeat_at": format_time(tx.now)}
+    tx.insert("workers", [row], _IF_WORKER_IS_THERE)
 
 
 # The tables that hold an incident, parents first, and the column with its id.
@@ -1694,12 +1728,10 @@ class _Housekeeping:
                 before=format_time(before),
                 limit=limit,
             )
+            old = [incident_id for (incident_id,) in rows]
             for table, key in reversed(_INCIDENT_TABLES.items()):
-                tx.run_many(
-                    f"delete from {table} where {key} = :id",
-                    [{"id": incident_id} for (incident_id,) in rows],
-                )
-            return [incident_id for (incident_id,) in rows]
+                tx.delete(table, key, old)
+            return old
 
         return self._database.write(job) if statuses else []
 
@@ -1776,10 +1808,19 @@ class _MirroredTransaction(SQLiteTransaction):
         self._note(params)
         return super().run(sql, **params)
 
-    def run_many(self, sql: str, rows: Sequence[Mapping[str, Any]]) -> int:
+    def insert(self, table: str, rows: Sequence[Row], on_conflict: str = "") -> int:
         for row in rows:
             self._note(row)
-        return super().run_many(sql, rows)
+        return super().insert(table, rows, on_conflict)
+
+    def update(self, table: str, key: str, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._note(row)
+        super().update(table, key, rows)
+
+    def delete(self, table: str, key: str, values: Sequence[Any]) -> None:
+        self.named.update(values)
+        super().delete(table, key, values)
 
     def _note(self, params: Mapping[str, Any]) -> None:
         keys = ("incident_id", "event_id", "id")
@@ -1811,10 +1852,10 @@ class _MirroredDatabase:
 
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))["rows"]
+            tx = SQLiteTransaction(self._connection)
             for table, columns in self._columns.items():
                 for row in kept[table]:
-                    names = [name for name in columns if name in row]
-                    self._connection.execute(_insert(table, names), {n: row[n] for n in names})
+                    tx.insert(table, [{name: row[name] for name in columns if name in row}])
         except (OSError, ValueError, KeyError, TypeError, apsw.Error) as error:
             raise StoreError(
                 f"{file} cannot be read back: repair or remove it: {error!r}"
@@ -1858,6 +1899,14 @@ class _MirroredDatabase:
     def read(self, job: Callable[[Transaction], T]) -> T:
         with self._mutex, sqlite_errors(self._root):
             return job(SQLiteTransaction(self._connection))
+
+    def notify(self, topic: str) -> None:
+        """There is nobody else."""
+
+    def listen(self, heard: Callable[[str], None]) -> None:
+        """Nobody speaks."""
+
+    hears = False
 
     def backup(self, path: Path) -> None:
         with self._mutex, sqlite_errors(self._root):

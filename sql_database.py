@@ -67,6 +67,13 @@ class SchemaEdited(SchemaError):
     """A migration was changed after it had been applied."""
 
 
+class CommitUnknown(StoreUnavailable):
+    """The connection was lost while the database committed: what was asked for may be done.
+
+    Asking again is safe for whatever looks for its own effect first.
+    """
+
+
 class RowRefused(StoreError):
     """A row breaks a rule of the schema, or is too large: it will never be accepted."""
 
@@ -192,6 +199,11 @@ class MigrationTarget(Protocol):
         """Whether there is no table at all."""
         ...
 
+    @property
+    def room(self) -> str:
+        """What the tables live in, and how to name another one."""
+        ...
+
     def safety_copy(self, label: str) -> Path | None:
         """Copy a database that holds something; None where the engine has its own way."""
         ...
@@ -278,22 +290,36 @@ def migrate_up(
     Raises SchemaError for a database that somebody else uses.
     """
     done: list[Migration] = []
-    if not target.has_table("schema_migrations") and not target.is_empty():
-        raise SchemaError("the database holds tables that are not nightcrier's: name another one")
+    # In this order: between the two questions another program may make all the tables.
+    if not target.is_empty() and not target.has_table("schema_migrations"):
+        raise SchemaError(f"{target.room} holds tables that are not nightcrier's")
     if pending_migrations(target, migrations):
         target.safety_copy(f"before-{migrations[-1].version:04d}")
-    while pending_migrations(target, migrations):
-        with target.exclusive():
-            # Asked again under the lock: another program may have been faster.
-            target.run(_MIGRATIONS_TABLE)
-            pending = pending_migrations(target, migrations)
-            if not pending:
-                break
-            migration = pending[0]
-            _record(target, migration, applied_by)
-            target.run_script(migration.up)
-        done.append(migration)
+    while pending := pending_migrations(target, migrations):
+        try:
+            migration = _apply_next(target, migrations, applied_by)
+        except RowRefused:
+            # Where the lock is no lock, the record's key is: another program was faster.
+            if pending_migrations(target, migrations) == pending:
+                raise
+            continue
+        if migration is not None:
+            done.append(migration)
     return done
+
+
+def _apply_next(
+    target: MigrationTarget, migrations: Sequence[Migration], applied_by: str
+) -> Migration | None:
+    with target.exclusive():
+        target.run(_MIGRATIONS_TABLE)
+        # Asked again under the lock: another program may have been faster.
+        pending = pending_migrations(target, migrations)
+        if not pending:
+            return None
+        _record(target, pending[0], applied_by)
+        target.run_script(pending[0].up)
+        return pending[0]
 
 
 def _record(target: MigrationTarget, migration: Migration, applied_by: str) -> None:
@@ -393,14 +419,34 @@ class FileLock:
 # ============================================================================
 
 
+Row = Mapping[str, Any]
+
+
 class Transaction(Protocol):
-    """What queries need of a connection; they run inside begin and commit."""
+    """What queries need of a connection; they run inside begin and commit.
+
+    What works on many rows is a method, because engines do it differently: SQLite has no round
+    trips to save and runs a statement for each row, PostgreSQL is sent all rows in one statement.
+    The rows of one call have the same fields.
+    """
+
+    now: datetime  # the clock that decides: of the database, where that is a server
+    # Behind a select: keep the rows from changing until the end of the transaction; and the same,
+    # without those that another transaction has locked.
+    lock_rows: str
+    lock_free_rows: str
 
     def run(self, sql: str, **params: Any) -> list[tuple[Any, ...]]: ...
 
-    def run_many(self, sql: str, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Run one statement for each row; returns the number of changed rows."""
+    def insert(self, table: str, rows: Sequence[Row], on_conflict: str = "") -> int:
+        """Insert rows; returns how many were inserted or, by `on_conflict`, changed."""
         ...
+
+    def update(self, table: str, key: str, rows: Sequence[Row]) -> None:
+        """Set the other fields of each row where `key` is that of the row."""
+        ...
+
+    def delete(self, table: str, key: str, values: Sequence[Any]) -> None: ...
 
 
 class Database(Protocol):
@@ -410,26 +456,65 @@ class Database(Protocol):
         """Run `job` in a transaction; its result is durable when this returns."""
         ...
 
-    def read(self, job: Callable[[Transaction], T]) -> T: ...
+    def read(self, job: Callable[[Transaction], T]) -> T:
+        """Run `job`, which only reads: all its statements see the same state."""
+        ...
+
+    def notify(self, topic: str) -> None:
+        """Tell everybody who shares the database that there is something new; a hint, no more."""
+        ...
+
+    def listen(self, heard: Callable[[str], None]) -> None:
+        """Have `heard` called, in a thread of the database's, with what others notify of."""
+        ...
+
+    @property
+    def hears(self) -> bool:
+        """Whether notifications of others arrive at the moment: else polling must find it all."""
+        ...
 
     def backup(self, path: Path) -> None: ...
 
     def close(self) -> None: ...
 
 
+def insert_statement(table: str, fields: Sequence[str]) -> str:
+    return (
+        f"insert into {table} ({', '.join(fields)}) "
+        f"values ({', '.join(f':{name}' for name in fields)})"
+    )
+
+
 class SQLiteTransaction:
     """Adapts an apsw connection to what queries need."""
 
+    lock_rows = ""  # there is one writer at a time
+    lock_free_rows = ""
+
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
+        self.now = utc_now()
 
     def run(self, sql: str, **params: Any) -> list[tuple[Any, ...]]:
         return self._connection.execute(sql, params).fetchall()
 
-    def run_many(self, sql: str, rows: Sequence[Mapping[str, Any]]) -> int:
+    def insert(self, table: str, rows: Sequence[Row], on_conflict: str = "") -> int:
+        if not rows:
+            return 0
         before = self._connection.total_changes()
-        self._connection.executemany(sql, rows)
+        statement = f"{insert_statement(table, list(rows[0]))} {on_conflict}"
+        self._connection.executemany(statement, rows)
         return self._connection.total_changes() - before
+
+    def update(self, table: str, key: str, rows: Sequence[Row]) -> None:
+        if rows:
+            changes = ", ".join(f"{name} = :{name}" for name in rows[0] if name != key)
+            statement = f"update {table} set {changes} where {key} = :{key}"
+            self._connection.executemany(statement, rows)
+
+    def delete(self, table: str, key: str, values: Sequence[Any]) -> None:
+        statement = f"delete from {table} where {key} = :value"
+        self._connection.executemany(statement, [{"value": value} for value in values])
 
 
 def _unavailable(error: Exception, path: Path) -> StoreError:
@@ -524,6 +609,7 @@ class SQLiteMigrationTarget:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.room = f"{path} (name another file with --sqlite)"
         self._connection = connect_sqlite(path)
         self.safety_copies: list[Path] = []
 
@@ -691,6 +777,14 @@ class SQLiteDatabase:
 
     def _is_closed(self) -> StoreUnavailable:
         return StoreUnavailable(f"database {self._path} is closed")
+
+    def notify(self, topic: str) -> None:
+        """Nobody hears: other processes poll, and a file has no other hosts."""
+
+    def listen(self, heard: Callable[[str], None]) -> None:
+        """Nobody speaks."""
+
+    hears = False
 
     def backup(self, path: Path) -> None:
         with self._reader() as reader:

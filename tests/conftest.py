@@ -19,6 +19,7 @@ import pytest
 import nightcrier
 import sql_database
 from nightcrier import AgentExecution, Completion, FaultEvent, Incident, TriageReport
+from postgres_servers import debian_postgres, own_postgres, postgres_dsn  # noqa: F401
 
 NOON = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)

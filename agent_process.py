@@ -1,8 +1,14 @@
-"""Runs programs that die with the process that started them; nothing here knows of incidents.
+"""Runs agents: programs that die with the process that started them, and that nobody trusts.
 
-A small process of its own, the supervisor, is the parent of every program. It holds the other end
-of a socket of this process, so it learns at once that this process is gone, however it died, and
-kills what runs. nightcrier.py uses this module for its agents; it imports nothing from there.
+1. The supervisor: a small process of its own is the parent of every program. It holds the other
+   end of a socket of this process, so it learns at once that this process is gone, however it
+   died, and kills what runs.
+2. Programs: each runs to its end or to its limits.
+3. Agents: how each kind is run, what it is given, and what it says of its usage.
+4. What was left: files where a program could put anything, and their place in the next run.
+
+Nothing here knows of incidents. nightcrier.py uses this module as its section 9; it imports
+nothing from there.
 """
 
 from __future__ import annotations
@@ -19,14 +25,20 @@ import secrets
 import select
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
+
+# ============================================================================
+# 1. Supervisor
+# There is no moment at which a program could be left behind.
+# ============================================================================
 
 
 def signal_name(exit_code: int) -> str | None:
@@ -64,6 +76,24 @@ def is_supervised(pid: int) -> bool:
         return _SupervisorProcess.__name__.encode() in Path(f"/proc/{parent}/cmdline").read_bytes()
     except (OSError, IndexError):
         return False
+
+
+def kill_leftover(pid: int | None, started_at: datetime | None) -> bool:
+    """Kill the group of a process that was left behind; whether that was done.
+
+    A pid is only believed together with the time at which its process started. Children of other
+    supervisors on this host, which live, are left alone: their supervisors do.
+    """
+    if pid is None or started_at is None or is_supervised(pid):
+        return False
+    started = process_start_time(pid)
+    # The boot time is known to the second only, and a clock that is set moves it.
+    if started is None or abs(started - started_at) >= timedelta(seconds=2):
+        return False
+    with contextlib.suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
+        return True
+    return False
 
 
 class _SupervisorProcess:
@@ -348,6 +378,12 @@ def _kill_unwanted(started: asyncio.Future[SupervisedProcess]) -> None:
         started.result().signal(signal.SIGKILL)
 
 
+# ============================================================================
+# 2. Programs
+# No time, and no output that is kept, is without a limit.
+# ============================================================================
+
+
 class _Capture(asyncio.Protocol):
     """Keeps the beginning of a stream in a file and its end in memory, and counts the rest."""
 
@@ -415,6 +451,11 @@ class ProgramEnd:
     exit_code: int
     timed_out: bool
 
+    @property
+    def how(self) -> str:
+        name = signal_name(self.exit_code)
+        return f"was killed by {name}" if name else f"exited with code {self.exit_code}"
+
 
 _KILL_AFTER = 10.0  # seconds between TERM and KILL
 
@@ -471,3 +512,202 @@ async def _wait_for(process: SupervisedProcess, limit: float) -> ProgramEnd:
             return ProgramEnd(exit_code=await asyncio.shield(process.exit_code), timed_out=True)
     process.signal(signal.SIGKILL)
     return ProgramEnd(exit_code=await asyncio.shield(process.exit_code), timed_out=True)
+
+
+async def read_output(argv: Sequence[str], env: Mapping[str, str], limit: float) -> str:
+    """What a program prints within `limit` seconds; empty if it cannot be started or takes longer.
+
+    It is a child of this process itself, and does not outlive the call.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=env,
+        )
+    except OSError:
+        return ""
+    try:
+        async with asyncio.timeout(limit):
+            stdout, _ = await process.communicate()
+    except TimeoutError:
+        return ""
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return stdout.decode("utf-8", errors="replace")
+
+
+# ============================================================================
+# 3. Agents
+# Data, as far as it goes; what an agent says of itself is never an error.
+# ============================================================================
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a run consumed, as far as the agent says so."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float | None = None
+    raw: str | None = None  # JSON, as reported
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """How to run one kind of agent: data, so that the next one is a new entry.
+
+    `model` and `tools` are appended to `argv` when they are configured, with {value} filled in. The
+    prompt always comes on stdin. `read_usage` is given the JSON object that the agent printed, with
+    storable texts; an empty one if it printed something else.
+    """
+
+    argv: tuple[str, ...]
+    model: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
+    version: tuple[str, ...] = ()
+    key_option: str | None = None  # the option that holds the credential
+    key_variable: str | None = None  # the variable in which the agent expects it
+    environment: tuple[str, ...] = ()  # further variables that it may have
+    read_usage: Callable[[Mapping[str, Any]], Usage] | None = None
+
+
+def read_claude_usage(result: Mapping[str, Any]) -> Usage:
+    """Tokens and cost from the result object that `claude --output-format json` prints.
+
+    Cached input counts as input. Anything of another shape is no usage, never an error.
+    """
+    usage = result.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    inputs = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+    counts = [count for key in inputs if (count := _amount(usage.get(key))) is not None]
+    output = _amount(usage.get("output_tokens"))
+    kept = ("usage", "modelUsage", "total_cost_usd", "num_turns", "duration_ms", "session_id")
+    raw = json.dumps({key: result[key] for key in kept if key in result})
+    return Usage(
+        input_tokens=int(sum(counts)) if counts else None,
+        output_tokens=int(output) if output is not None else None,
+        cost_usd=_amount(result.get("total_cost_usd")),
+        raw=raw if 2 < len(raw) < 20_000 else None,
+    )
+
+
+def _amount(value: object) -> float | None:
+    """A number that every database can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if 0 <= value < 2**53 else None
+
+
+PRESETS: Mapping[str, Preset] = {
+    # Options as of Claude Code 2.1 (`claude --help`): print mode, only the tools that are allowed,
+    # no settings of a project directory, no session file, usage as one JSON object.
+    "claude": Preset(
+        argv=(
+            *("claude", "--print", "--output-format", "json", "--no-session-persistence"),
+            *("--strict-mcp-config", "--setting-sources", "user", "--permission-mode", "dontAsk"),
+        ),
+        model=("--model", "{value}"),
+        tools=("--allowedTools", "{value}"),
+        version=("claude", "--version"),
+        key_option="anthropic_api_key",
+        key_variable="ANTHROPIC_API_KEY",
+        environment=("ANTHROPIC_BASE_URL", "CLAUDE_CONFIG_DIR"),
+        read_usage=read_claude_usage,
+    ),
+    "command": Preset(argv=()),
+}
+
+_PASSED_ON = (
+    *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "TERM"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS"),
+)
+
+
+def passed_on(inherited: Mapping[str, str], further: Collection[str] = ()) -> dict[str, str]:
+    """Of the variables of this process, those that every agent may have, and further ones."""
+    return {name: inherited[name] for name in (*_PASSED_ON, *further) if name in inherited}
+
+
+def command_line(
+    preset: Preset,
+    command: Sequence[str],
+    *,
+    model: str | None,
+    tools: Sequence[str],
+    known: Mapping[str, str],
+) -> list[str]:
+    """The words of an agent's command, with those in `known` replaced wherever they stand.
+
+    `command` is that of an agent whose preset has none.
+    """
+    words = list(preset.argv or command)
+    if model is not None:
+        words += [word.replace("{value}", model) for word in preset.model]
+    if tools:
+        words += [word.replace("{value}", ",".join(tools)) for word in preset.tools]
+    pattern = re.compile("|".join(re.escape(name) for name in known))
+    argv = [pattern.sub(lambda found: known[found[0]], word) for word in words]
+    if os.sep in argv[0]:
+        argv[0] = os.path.abspath(argv[0])  # it starts in a directory of its own
+    return argv
+
+
+# ============================================================================
+# 4. What was left
+# A program may have put anything in the place of a file.
+# ============================================================================
+
+
+class LeftInvalid(Exception):
+    """What a program left cannot be used; the message says why."""
+
+
+def set_aside(workspace: Path, prefix: str, name: str, unique: Callable[[], str]) -> None:
+    """Move what an earlier run left in a directory to a new one in it, `<prefix><name>`.
+
+    Those that are there already, by their prefix, stay; `unique` tells two of one name apart.
+    """
+    left = [entry for entry in workspace.iterdir() if not entry.name.startswith(prefix)]
+    if not left:
+        return
+    earlier = workspace / f"{prefix}{name}"
+    if os.path.lexists(earlier):
+        earlier = workspace / f"{earlier.name}-{unique()}"
+    earlier.mkdir(mode=0o700)
+    for entry in left:
+        entry.rename(earlier / entry.name)
+
+
+def read_left(workspace: Path, name: str, minimum: int, maximum: int) -> str:
+    """Read what an agent left; raises LeftInvalid.
+
+    The agent decides what is in its directory: links are not followed, a pipe is not waited for.
+    """
+    try:
+        folder = os.open((workspace / name).parent, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            handle = os.open(Path(name).name, flags, dir_fd=folder)
+        finally:
+            os.close(folder)
+    except FileNotFoundError:
+        raise LeftInvalid(f"the agent left no {name}") from None
+    except OSError as error:
+        raise LeftInvalid(f"{name} cannot be opened: {error.strerror}") from None
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise LeftInvalid(f"{name} is not a plain file")
+        if found.st_size < minimum:
+            raise LeftInvalid(f"{name} has {found.st_size} bytes, less than {minimum}")
+        if found.st_size > maximum:
+            raise LeftInvalid(f"{name} has {found.st_size} bytes, more than {maximum}")
+        return os.read(handle, found.st_size).decode("utf-8", errors="replace")
+    finally:
+        os.close(handle)

@@ -982,6 +982,17 @@ class MCPSession:
                 await self._post(answer, None)
 
 
+async def look_at(endpoint: MCPEndpoint) -> str:
+    """What answers there, for people; raises MCPError if no stream can be had from it."""
+    session = await MCPSession.connect(endpoint)
+    try:
+        stream = await session.open_stream()
+        await stream.aclose()
+    finally:
+        await session.close()
+    return f"{session.server_name or 'server'}, protocol {session.protocol_version}, stream ok"
+
+
 def _media_type(response: h11.Response) -> str:
     return _header(response, b"content-type").partition(";")[0].strip().lower()
 

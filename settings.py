@@ -13,17 +13,24 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 # ============================================================================
 # 1. Readers
 # Their messages follow the name of the option.
 # ============================================================================
+
+
+# Makes a text from outside harmless for a message, and at most so many characters long.
+OneLine = Callable[[str, int], str]
 
 
 def number(
@@ -116,6 +123,23 @@ def names(value: object) -> tuple[str, ...]:
     raise ValueError("must be a list of words")
 
 
+def http_url(example: str, password_option: str, one_line: OneLine) -> Callable[[object], str]:
+    def read(value: object) -> str:
+        url = text(value)
+        try:
+            parts = urlsplit(url)
+            valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        except ValueError:
+            valid = None
+        if not valid or re.search(r"[\s\x00-\x1f\x7f\ud800-\udfff]", url):
+            raise ValueError(f"{one_line(url, 100)!r} must be a URL such as {example}")
+        if parts.username or parts.password:
+            raise ValueError(f"must not hold a password: use {password_option}")
+        return url
+
+    return read
+
+
 def readable(value: object) -> Path:
     """The path of a file that is there."""
     named = path(value)
@@ -195,14 +219,19 @@ def _option_of(setting: dataclasses.Field[Any], prefix: str, older: str) -> Opti
     )
 
 
+def commented(options: Iterable[Option]) -> Iterator[str]:
+    """The lines of a file that names every option and shows its default."""
+    for option in options:
+        default = option.default
+        shown = json.dumps(list(default) if isinstance(default, tuple) else default, default=str)
+        key = option.key + ("_file" if option.secret else "")
+        yield from ("", f"# {option.help}", f"# {key}: {shown}")
+
+
 # ============================================================================
 # 3. The file
 # Every mistake in it is a line that names the line.
 # ============================================================================
-
-
-# Makes a text from outside harmless for a message, and at most so many characters long.
-OneLine = Callable[[str, int], str]
 
 
 class YAMLFile:
@@ -272,6 +301,41 @@ class YAMLFile:
 
     def problem(self, text: str, *place: str | int) -> None:
         self.problems.append(f"{self.where(*place)}: {text}")
+
+    def nested(
+        self,
+        place: tuple[str | int, ...],
+        value: object,
+        keys: Mapping[str, tuple[str, Callable[[object], Any]]],
+        form: str,
+    ) -> Iterator[tuple[str, Any]]:
+        """Read a mapping that holds mappings, as `keys` says: by dotted key, a name and its reader.
+
+        Yields name and value for each key that is given; None for a value that is a mistake.
+        `form` says what the mapping must be.
+        """
+        sections = dict.fromkeys(key.rpartition(".")[0] for key in keys if "." in key)
+        found: list[tuple[tuple[str, ...], object]] = [((), value)]
+        while found:
+            inner, value = found.pop(0)
+            key = ".".join(inner)
+            if value is None and inner:
+                continue
+            if not inner or key in sections:
+                if isinstance(value, dict):
+                    found += [((*inner, str(name)), item) for name, item in value.items()]
+                else:
+                    self.problem(f"{key or place[0]}: must be {form}", *place, *inner)
+            elif key not in keys:
+                hint = did_you_mean(key, [*keys, *sections])
+                self.problem(f"{key}: unknown key{hint}", *place, *inner)
+            else:
+                name, read = keys[key]
+                try:
+                    yield name, read(value)
+                except ValueError as error:
+                    self.problem(f"{key}: {error}", *place, *inner)
+                    yield name, None
 
     def where(self, *place: str | int) -> str:
         while place and place not in self._lines:

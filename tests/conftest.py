@@ -5,7 +5,9 @@ Builders give a valid value; a test names only the fields that it is about.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import secrets
 import threading
 import time
@@ -188,17 +190,53 @@ def sqlite_store(path: Path | str) -> nightcrier.SQLiteStore:
     return nightcrier.SQLiteStore(path)
 
 
-class Opener:
-    """Opens the stores of one test, again and again at the same place, and closes them."""
+@contextlib.contextmanager
+def a_schema(server: str) -> Iterator[str]:
+    """A connection string for an empty schema of its own on a server."""
+    name = f"nc_{secrets.token_hex(6)}"
+    settings = sql_database.parse_dsn(server, os.environ)
+    driver = sql_database.connect_postgres(settings, "tests").driver
+    try:
+        driver.run(f"create schema {name}")
+        joint = "&" if "?" in server else "?"
+        yield f"{server}{joint}options=-c%20search_path%3D{name}"
+        driver.run("set client_min_messages = warning")
+        driver.run(f"drop schema {name} cascade")
+    finally:
+        driver.close()
 
-    def __init__(self, kind: str, folder: Path) -> None:
+
+def postgres_store(dsn: str, name: str = "tests") -> nightcrier.PostgresStore:
+    """A PostgreSQL store, migrated as the program does it."""
+    server = sql_database.parse_dsn(dsn, os.environ)
+    with contextlib.closing(sql_database.PostgresMigrationTarget(server, name)) as target:
+        migrations = sql_database.load_migrations("postgres")
+        sql_database.migrate_up(target, migrations, applied_by="test")
+    return nightcrier.PostgresStore(server, name)
+
+
+class Opener:
+    """Opens the stores of one test, again and again at the same place, and closes them.
+
+    `place` is a folder, or the connection string of a schema.
+    """
+
+    def __init__(self, kind: str, place: str | Path) -> None:
         self.kind = kind
-        self.place = folder / ("nightcrier.db" if kind == "sqlite" else "store")
+        self.argument = str(place)
         self._opened: list[Any] = []
 
+    @property
+    def place(self) -> Path:
+        """The database file, or the folder of the filesystem store."""
+        return Path(self.argument, "nightcrier.db" if self.kind == "sqlite" else "store")
+
     def __call__(self) -> Any:
+        store: Any
         if self.kind == "sqlite":
-            store: Any = sqlite_store(self.place)
+            store = sqlite_store(self.place)
+        elif self.kind == "postgres":
+            store = postgres_store(self.argument)
         else:
             store = nightcrier.FilesystemStore(self.place)
         self._opened.append(store)
@@ -209,11 +247,21 @@ class Opener:
             store.close()
 
 
-@pytest.fixture(params=["sqlite", "filesystem"])
+@contextlib.contextmanager
+def an_opener(kind: str, request: pytest.FixtureRequest, folder: Path) -> Iterator[Opener]:
+    with contextlib.ExitStack() as stack:
+        place: str | Path = folder
+        if kind == "postgres":
+            place = stack.enter_context(a_schema(request.getfixturevalue("postgres_dsn")))
+        opener = Opener(kind, place)
+        stack.callback(opener.close_all)
+        yield opener
+
+
+@pytest.fixture(params=["sqlite", "filesystem", "postgres"])
 def open_again(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
-    opener = Opener(request.param, tmp_path)
-    yield opener
-    opener.close_all()
+    with an_opener(request.param, request, tmp_path) as opener:
+        yield opener
 
 
 @pytest.fixture
@@ -244,6 +292,7 @@ TABLES = (
     "notifications",
     "clusters",
     "cluster_gaps",
+    "cluster_watches",
     "holds",
     "workers",
 )

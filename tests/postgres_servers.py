@@ -17,11 +17,14 @@ import importlib.util
 import os
 import pwd
 import random
+import select
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +40,8 @@ SETTINGS = {
     "max_connections": "200",
     "password_encryption": "scram-sha-256",
     "log_line_prefix": "%m [%p] %a ",
+    # After a crash every file is made durable: by one call here, where that is known.
+    **({"recovery_init_sync_method": "syncfs"} if sys.platform == "linux" else {}),
 }
 STOP_SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "smart": signal.SIGTERM}
 TRUST = """\
@@ -418,6 +423,67 @@ def _wait_for_port(bouncer: PgBouncer, process: subprocess.Popen[bytes]) -> None
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"pgbouncer does not start: {bouncer.log.read_text()[-2000:]}")
         time.sleep(0.01)
+
+
+# --- A network that fails ---
+
+
+class Proxy:
+    """Stands between clients and a server, and is cut: at once, or at a chosen word of a client.
+
+    `cut` is that word; `arrives` says whether the server still gets it.
+    """
+
+    def __init__(self, server: int) -> None:
+        self._server = server
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.cut: bytes | None = None
+        self.arrives = True
+        self._is_down = threading.Event()
+        self._carried: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def down(self) -> None:
+        """Cut what is connected, and let nobody through."""
+        self._is_down.set()
+        for connection in self._carried:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def up(self) -> None:
+        self._is_down.clear()
+
+    def close(self) -> None:
+        self.down()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                if self._is_down.is_set():
+                    client.close()
+                    continue
+                self._carried.append(client)
+                threading.Thread(target=self._carry, args=(client,), daemon=True).start()
+
+    def _carry(self, client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", self._server)) as server:
+            other = {client: server, server: client}
+            with contextlib.suppress(OSError):
+                while True:
+                    for source in select.select(list(other), [], [])[0]:
+                        data = source.recv(65536)
+                        if not data:
+                            return
+                        if source is client and self.cut and self.cut in data:
+                            self.cut = None
+                            if self.arrives:
+                                server.sendall(data)
+                                server.recv(65536)  # the answer: it is done
+                            return
+                        other[source].sendall(data)
 
 
 # --- Certificates ---

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from fake_mcp import FakeMCP, a_fault
 from mcp_client import HTTPServer, simulated_clusters
@@ -163,11 +163,14 @@ def get(address: str, path: str, method: str = "GET") -> tuple[int, str]:
         return response.status, response.read().decode()
 
 
-class Clusters:
+Fake = TypeVar("Fake", bound=FakeMCP)
+
+
+class Clusters(Generic[Fake]):
     """Simulated clusters on one port, in a thread with its own event loop."""
 
-    def __init__(self, *names: str) -> None:
-        self.fakes = {name: FakeMCP(name) for name in names}
+    def __init__(self, *names: str, kind: Callable[[str], Fake] = FakeMCP) -> None:  # type: ignore[assignment]
+        self.fakes = {name: kind(name) for name in names}
         self.url = ""
         self._loop = asyncio.new_event_loop()
         self._server = HTTPServer(simulated_clusters(self.fakes.values()))

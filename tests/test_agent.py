@@ -29,10 +29,11 @@ import pytest
 
 import agent_process
 import nightcrier
-from agent_process import Program, ProgramEnd, SupervisedProcess, Supervisor
+from agent_process import Program, ProgramEnd, SupervisedProcess, Supervisor, Usage
 from conftest import a_config, an_event, an_execution, an_incident, is_running, wait_until
 from logs import Redactor
-from nightcrier import Config, IncidentStatus, Outcome, Usage
+from nightcrier import Config, IncidentStatus, Outcome
+from reports import read_headline
 
 ROOT = Path(__file__).parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
@@ -1100,8 +1101,15 @@ CLAUDE_RESULT = {  # as Claude Code 2.1.197 prints it
 }
 
 
-def test_tokens_and_cost_are_read_from_the_result_of_claude() -> None:
-    usage = nightcrier.read_claude_usage(json.dumps(CLAUDE_RESULT))
+def claude_usage(root: Path, stdout: str) -> Usage:
+    """What is read as usage of an agent that printed this."""
+    workspace, _ = prepared(root)
+    (workspace / "logs" / "agent-stdout.log").write_text(stdout, encoding="utf-8")
+    return nightcrier.read_usage(a_config(root, agent_cli="claude"), workspace)
+
+
+def test_tokens_and_cost_are_read_from_the_result_of_claude(tmp_path: Path) -> None:
+    usage = claude_usage(tmp_path, json.dumps(CLAUDE_RESULT))
 
     assert (usage.input_tokens, usage.output_tokens) == (246, 14)
     assert usage.cost_usd == pytest.approx(0.0014427)
@@ -1128,8 +1136,8 @@ def test_tokens_and_cost_are_read_from_the_result_of_claude() -> None:
     ],
     ids=lambda text: text[:12],
 )
-def test_other_output_is_no_usage_and_no_error(stdout: str) -> None:
-    assert nightcrier.read_claude_usage(stdout) == Usage()
+def test_other_output_is_no_usage_and_no_error(tmp_path: Path, stdout: str) -> None:
+    assert claude_usage(tmp_path, stdout) == Usage()
 
 
 @pytest.mark.parametrize(
@@ -1137,7 +1145,9 @@ def test_other_output_is_no_usage_and_no_error(stdout: str) -> None:
     ["7", True, None, [], {}, -1, 2**63, 10**400, float("nan"), float("inf"), -0.5],
     ids=str,
 )
-def test_numbers_that_are_none_are_left_out_and_what_is_kept_is_json(value: object) -> None:
+def test_numbers_that_are_none_are_left_out_and_what_is_kept_is_json(
+    tmp_path: Path, value: object
+) -> None:
     document = {
         "usage": {"input_tokens": value, "output_tokens": value},
         "total_cost_usd": value,
@@ -1147,7 +1157,7 @@ def test_numbers_that_are_none_are_left_out_and_what_is_kept_is_json(value: obje
         stdout = json.dumps(document)
     except ValueError:  # CPython does not write an integer of so many digits
         pytest.skip("cannot be printed")
-    usage = nightcrier.read_claude_usage(stdout)
+    usage = claude_usage(tmp_path, stdout)
 
     assert (usage.input_tokens, usage.output_tokens, usage.cost_usd) == (None, None, None)
     if usage.raw is not None:
@@ -1157,9 +1167,9 @@ def test_numbers_that_are_none_are_left_out_and_what_is_kept_is_json(value: obje
         assert "\\ud800" not in usage.raw
 
 
-def test_a_huge_result_keeps_its_numbers_only() -> None:
+def test_a_huge_result_keeps_its_numbers_only(tmp_path: Path) -> None:
     document = {**CLAUDE_RESULT, "modelUsage": {f"m{n}": {"x": "y" * 100} for n in range(10_000)}}
-    usage = nightcrier.read_claude_usage(json.dumps(document))
+    usage = claude_usage(tmp_path, json.dumps(document))
     assert (usage.input_tokens, usage.raw) == (246, None)
 
 
@@ -1204,7 +1214,7 @@ def report_in(workspace: Path) -> Path:
 
 
 def refusal(workspace: Path) -> str:
-    with pytest.raises(nightcrier.ReportInvalid) as caught:
+    with pytest.raises(agent_process.LeftInvalid) as caught:
         nightcrier.read_report(workspace)
     return str(caught.value)
 
@@ -1504,7 +1514,7 @@ def test_the_real_claude_writes_its_report_with_the_tools_that_it_may_use(
     assert end == ProgramEnd(exit_code=0, timed_out=False), stdout
     judgement = nightcrier.judge(end, workspace, config.agent_timeout)
     assert judgement.report is not None
-    assert nightcrier.read_headline(judgement.report) == ("The disk is full.", "HIGH")
+    assert read_headline(judgement.report) == ("The disk is full.", "HIGH")
     assert model_server.keys == {"not-a-real-key"}
     assert json.dumps(prompt.strip())[1:-1] in model_server.prompts[0], "the prompt came on stdin"
     denied = json.loads(stdout)["permission_denials"]

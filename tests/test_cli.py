@@ -378,6 +378,8 @@ def test_a_recorded_fault_is_replayed_through_the_whole_pipeline(form: str, tmp_
     )
     assert (status, cluster, name) == ("RESOLVED", "alpha", "recorded")
     assert (cause, confidence) == ("The disk is full. Confidence: HIGH", "HIGH")
+    (registered,) = rows(tmp_path / "nightcrier.db", "select role, state from workers")
+    assert registered == ("worker", "stopped"), "else replicas would leave clusters to it"
 
 
 def test_an_event_is_replayed_in_events_mode(tmp_path: Path) -> None:
@@ -749,6 +751,9 @@ def test_a_demo_that_cannot_start_ends_and_says_why(tmp_path: Path) -> None:
     assert "cannot listen" in done.stderr
     (tmp_path / "file").touch()
     assert nightcrier("demo", "--sqlite", "file/x.db", cwd=tmp_path).returncode == 4
+    done = nightcrier("demo", "--postgres-dsn", "postgresql://h:x/d", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "port" in one_line(done)
 
 
 def test_a_demo_that_is_interrupted_ends_at_once(tmp_path: Path) -> None:

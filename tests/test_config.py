@@ -52,6 +52,8 @@ def problems_of(load: LOADS, *args: Any, **kwargs: Any) -> tuple[str, ...]:
 # A value of each option as text, and as it is read; options whose default is no such value.
 SAMPLES: dict[str, tuple[str, Any]] = {
     "sqlite": ("other.db", Path("other.db")),
+    "postgres_dsn": ("postgresql://u@h/d", "postgresql://u@h/d"),
+    "spool_limit": ("2000000", 2_000_000),
     "state_store": ("filesystem", "filesystem"),
     "role": ("worker", nightcrier.Role.WORKER),
     "subscribe_mode": ("events", nightcrier.SubscribeMode.EVENTS),
@@ -606,3 +608,88 @@ def test_whatever_a_file_holds_is_a_configuration_or_a_config_error(
         return
     assert problems
     assert all(len(problem.splitlines()) == 1 for problem in problems)
+
+
+# --- PostgreSQL -----------------------------------------------------------------------------------
+
+
+def test_a_connection_string_is_completed_by_the_usual_variables() -> None:
+    environment = {"PGUSER": "night", "PGPASSWORD": "s3cret-word", "PGDATABASE": "crier"}
+    config = nightcrier.load_config(
+        {"postgres_dsn": "postgresql://db.example:5433"},
+        environment=environment,
+        need_clusters=False,
+    )
+    assert config.database == "postgresql://night@db.example:5433/crier"
+    assert "s3cret-word" in set(config.secrets())
+    assert "s3cret-word" not in repr(config)
+    assert config.warnings == ()
+
+
+@pytest.mark.parametrize("password", ["s3cret-word", "s3cret%2Fword%40"])
+def test_a_password_on_the_command_line_works_and_is_warned_of(password: str) -> None:
+    dsn = f"postgresql://night:{password}@db.example/crier"
+    config = nightcrier.load_config({"postgres_dsn": dsn}, environment={}, need_clusters=False)
+    (warning,) = config.warnings
+    assert "`ps` shows it" in warning
+    assert "s3cret" not in warning + repr(config) + config.database
+    assert password in set(config.secrets())
+    quiet = nightcrier.load_config(
+        {}, environment={"NIGHTCRIER_POSTGRES_DSN": dsn}, need_clusters=False
+    )
+    assert quiet.warnings == ()
+    assert quiet.postgres == config.postgres
+
+
+def test_a_connection_string_that_cannot_be_used_is_a_mistake_with_its_place(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("log_level: info\npostgres_dsn: postgresql://n:s3cret-word@h:port/d\n")
+    with pytest.raises(ConfigError) as raised:
+        nightcrier.load_config({"config": str(path)}, environment={}, need_clusters=False)
+    (problem,) = raised.value.problems
+    assert problem.startswith(f"{path}:2: postgres_dsn: ")
+    assert "s3cret" not in problem
+
+
+def test_what_has_no_effect_beside_a_server_is_said() -> None:
+    config = nightcrier.load_config(
+        {"postgres_dsn": "postgresql://u@h/d", "sqlite": "n.db"},
+        environment={},
+        need_clusters=False,
+    )
+    assert config.warnings == ("--sqlite has no effect: postgres_dsn is given",)
+
+
+@pytest.mark.parametrize(
+    ("storage", "database"),
+    [
+        (
+            "type: postgres\n  postgres_connection_string: postgres://u@h:1/d",
+            "postgresql://u@h:1/d",
+        ),
+        (
+            "type: postgres\n  postgres_host: h\n  postgres_port: 1\n  postgres_database: d\n"
+            "  postgres_user: u\n  postgres_password: 'p/@'",
+            "postgresql://u@h:1/d",
+        ),
+        ("type: sqlite\n  sqlite_path: n.db\n  postgres_host: h", "n.db"),
+    ],
+)
+def test_the_storage_of_the_existing_nightcrier_is_understood(
+    tmp_path: Path, storage: str, database: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"state_storage:\n  {storage}\n  migrations_path: ./migrations\n")
+    config = nightcrier.load_config({"config": str(path)}, environment={}, need_clusters=False)
+    assert config.database == database
+    assert all("state_storage" in warning for warning in config.warnings)
+    assert "p/@" not in "".join(config.warnings)
+
+
+def test_a_server_without_its_connection_is_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("state_storage:\n  type: postgres\n")
+    with pytest.raises(ConfigError, match="needs a connection: postgres_dsn"):
+        nightcrier.load_config({"config": str(path)}, environment={}, need_clusters=False)

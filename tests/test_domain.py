@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 import nightcrier
 import sql_database
 from conftest import MINUTE, NOON, an_event, events_of, in_threads
+from fair_queue import QueueLanes
+from nightcrier import QUEUE_DELAYS, MalformedEvent, Severity, SubscribeMode
 from nightcrier import IncidentStatus as S
-from nightcrier import MalformedEvent, QueueLanes, Severity, SubscribeMode
 
 # --- identifiers ------------------------------------------------------------------------------
 
@@ -378,19 +380,22 @@ class Queue:
     """A queue in memory that orders by the keys of QueueLanes, as the stores do."""
 
     def __init__(self) -> None:
-        self.lanes = QueueLanes()
+        self.lanes = QueueLanes(QUEUE_DELAYS)
         self.pending: list[tuple[int, str, Any]] = []
         self.now = NOON
 
     def add(self, *events: Any) -> None:
         keys = self.lanes.assign(
-            events, now=self.now, head=min(self.pending)[0] if self.pending else None,
+            [nightcrier.lane_of(event) for event in events],
+            now=nightcrier.microseconds(self.now),
+            head=min(self.pending)[0] if self.pending else None,
             newest_pending=self.newest,
-        )  # fmt: skip
+        )
         self.pending += [(key, e.event_id, e) for key, e in zip(keys, events, strict=True)]
 
-    def newest(self, cluster: str) -> int | None:
-        return max((key for key, _, e in self.pending if e.cluster == cluster), default=None)
+    def newest(self, clusters: Sequence[str]) -> dict[str, int]:
+        ordered = sorted(self.pending, key=lambda pending: pending[:2])
+        return {e.cluster: key for key, _, e in ordered if e.cluster in clusters}
 
     def claim(self, count: int = 1) -> list[Any]:
         self.pending.sort()
@@ -493,11 +498,26 @@ def test_everything_starts_afresh_when_the_queue_is_empty() -> None:
     assert queue.pending[0][0] == nightcrier.microseconds(queue.now)
 
 
+def test_lanes_may_be_cleared_by_another_thread_at_any_moment() -> None:
+    class ClearedOnceSeen(dict[Any, Any]):
+        def __contains__(self, key: object) -> bool:
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    lanes = QueueLanes(QUEUE_DELAYS)
+    lanes._last = ClearedOnceSeen({("a", Severity.CRITICAL): 1})
+    keys = lanes.assign(
+        [("a", Severity.CRITICAL)] * 2, now=10, head=5, newest_pending=lambda _: {"a": 1}
+    )
+    assert keys[0] < keys[1]
+
+
 def test_lanes_go_on_where_they_were_after_a_restart() -> None:
     queue = Queue()
     queue.add(*events_of("noisy", 100))
     newest = max(key for key, _, _ in queue.pending)
-    queue.lanes = QueueLanes([("noisy", Severity.CRITICAL, newest)])
+    queue.lanes = QueueLanes(QUEUE_DELAYS, [("noisy", Severity.CRITICAL, newest)])
 
     queue.add(an_event("noisy"))
 

@@ -44,9 +44,10 @@ def ask(
     method: str = "GET",
     problems: Callable[[], list[str]] = list,
     records: Callable[[], list[ClusterRecord]] = lambda: [BETA, ALPHA],
+    spooled: int = 0,
 ) -> tuple[int, str]:
     async def scenario() -> tuple[int, str]:
-        server = HealthServer(problems=problems, clusters=records)
+        server = HealthServer(problems=problems, clusters=records, spooled=lambda: spooled)
         address = await server.start("127.0.0.1:0")
         try:
             return await asyncio.to_thread(get, address, path, method)
@@ -63,13 +64,16 @@ def test_healthz_says_that_the_program_answers() -> None:
 def test_readyz_is_200_while_work_can_be_done() -> None:
     status, body = ask("/readyz")
     assert status == 200
-    assert json.loads(body) == {"ready": True, "reasons": []}
+    assert json.loads(body) == {"ready": True, "reasons": [], "spooled": 0}
 
 
 def test_readyz_is_503_with_every_reason_why_work_cannot_be_done() -> None:
-    status, body = ask("/readyz", problems=lambda: ["the disk is full", "draining"])
+    problems = ["the disk is full", "draining"]
+    status, body = ask("/readyz", problems=lambda: problems, spooled=7)
     assert status == 503
-    assert json.loads(body) == {"ready": False, "reasons": ["the disk is full", "draining"]}
+    assert json.loads(body) == {
+        "ready": False, "reasons": ["the disk is full", "draining"], "spooled": 7
+    }  # fmt: skip
 
 
 def test_clusters_are_listed_by_name_with_their_state_and_a_summary() -> None:

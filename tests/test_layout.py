@@ -141,7 +141,7 @@ def test_modules_do_not_assign_the_same_name_twice(path: Path) -> None:
 # local lists of conditions that a function of the module made; never from an argument's attribute.
 
 # Clauses of an engine.
-LOCKS = {"tx.lock_rows", "tx.lock_free_rows"}
+LOCKS = {"tx.lock_rows", "tx.lock_free_rows", "tx.each_value"}
 SAFE_LOCALS = {"names", "conditions", "condition", "columns", "table", "key", "statement", "name"}
 
 

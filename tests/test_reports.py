@@ -1,4 +1,4 @@
-"""Section 10: what is read from a report for its headline."""
+"""Section 10 and reports.py: what is read from a report for its headline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nightcrier
-from nightcrier import read_headline
+from reports import read_headline
 
 
 def headline(text: str) -> tuple[str | None, str | None]:

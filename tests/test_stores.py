@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -20,14 +21,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import apsw
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -46,6 +47,7 @@ from conftest import (
     NOON,
     Opener,
     a_report,
+    a_schema,
     agent_failed,
     an_event,
     an_event_at,
@@ -80,6 +82,14 @@ def reread(store: Any, incident: Incident) -> Incident:
     found: Incident | None = store.get_incident(incident.incident_id)
     assert found is not None
     return found
+
+
+def refuses_to_be_copied(store: Any) -> bool:
+    """A server is copied with its own tools, and says so."""
+    if not store.can_be_copied:
+        with pytest.raises(sql_database.InvalidRequest, match="pg_dump"):
+            store.backup(Path("copy.db"))
+    return not store.can_be_copied
 
 
 def hold(store: Any, cluster: str | None, until: str | None = None) -> None:
@@ -127,6 +137,47 @@ def test_every_field_of_an_event_is_kept(store: Any) -> None:
     )  # fmt: skip
     store.create_incidents([event])
     assert store.get_incident(event.event_id).event == event
+
+
+# Long, four bytes each, and not to be compressed: the worst for an index.
+WIDE = "".join(random.Random(1).choices([chr(code) for code in range(0x10000, 0x1FFFF)], k=2_000))
+TEXTS = st.text(max_size=20) | st.just(WIDE)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=20,
+)
+FIELDS = ("cluster", "subscriptionId", "faultType", "severity", "faultId", "context", "timestamp")
+RESOURCE = st.dictionaries(
+    st.sampled_from(["apiVersion", "kind", "namespace", "name", "uid"]), TEXTS | JSON
+)
+FAULTS = st.dictionaries(st.sampled_from(FIELDS), TEXTS | st.just("9999-12-31T23:59:59-01:00"))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    FAULTS, RESOURCE, st.dictionaries(TEXTS, JSON, max_size=4), st.tuples(TEXTS, TEXTS | st.none())
+)
+def test_whatever_a_server_sends_is_kept_alone_and_among_others(
+    store: Any, fault: Any, resource: Any, more: Any, numbers: tuple[str, str | None]
+) -> None:
+    for count in (1, 3):
+        events = [
+            nightcrier.parse_event(
+                {**more, **fault, "resource": resource},
+                mode=nightcrier.SubscribeMode.FAULTS, cluster="prod", received_at=NOON,
+                session_id=numbers[0], delivery_id=numbers[1] and f"{numbers[1]}{count}{number}",
+            )
+            for number in range(count)
+        ]  # fmt: skip
+        absorbed = len(store.create_incidents(events)) < count
+        assert not absorbed or numbers[1], "only a repeated delivery is"
+        for event in events[:1] if not absorbed else ():
+            found = store.get_incident(event.event_id).event
+            assert dataclasses.replace(found, payload=event.payload) == event
+            # PostgreSQL keeps decimal numbers, and writes them without an exponent.
+            kept, sent = (json.loads(one.payload, parse_int=float) for one in (found, event))
+            assert kept == sent
 
 
 def test_the_zero_time_of_go_is_kept_and_does_not_stop_the_queue(store: Any) -> None:
@@ -209,28 +260,29 @@ def test_a_batch_is_stored_whole_or_not_at_all(store: Any) -> None:
 
 
 HOSTILE = "'; drop table incidents; --\"`\n\r\t\x1b[31m\u202e\ufffd\U0001f525\x7f :id ? %s {x} \\"
+HOSTILE_JSON = json.dumps(HOSTILE, ensure_ascii=False)
 
 
 def test_hostile_text_in_every_column_comes_back_as_it_was(store: Any) -> None:
     texts = {
         f.name: HOSTILE
         for f in dataclasses.fields(nightcrier.FaultEvent)
-        if f.type in ("str", "str | None") and f.name not in ("event_id", "cluster")
+        if f.type in ("str", "str | None") and f.name not in ("event_id", "cluster", "payload")
     }
-    event = an_event(HOSTILE, **texts)
+    event = an_event(HOSTILE, **texts, payload=HOSTILE_JSON)
     store.create_incidents([event])
     claimed = claim_one(store, HOSTILE)
     execution = an_execution(
         claimed, host=HOSTILE, runtime=HOSTILE, agent=HOSTILE, agent_version=HOSTILE, model=HOSTILE,
-        workspace=HOSTILE, signal=HOSTILE, error_message=HOSTILE, log_paths=HOSTILE, usage=HOSTILE,
-        prompt_sha256=HOSTILE,
+        workspace=HOSTILE, signal=HOSTILE, error_message=HOSTILE, log_paths=HOSTILE_JSON,
+        prompt_sha256=HOSTILE, usage=HOSTILE_JSON,
     )  # fmt: skip
     store.start_execution(execution)
     report = a_report(report_markdown=HOSTILE, root_cause=HOSTILE, report_html=HOSTILE)
     ended = finished(execution)
     store.complete_incident(claimed, resolved(claimed, execution=ended, report=report))
     cluster = nightcrier.ClusterRecord(
-        cluster=HOSTILE, endpoint=HOSTILE, labels=HOSTILE, last_error=HOSTILE
+        cluster=HOSTILE, endpoint=HOSTILE, labels=HOSTILE_JSON, last_error=HOSTILE
     )
     store.save_clusters([cluster])
     gap = nightcrier.ClusterGap(cluster=HOSTILE, lost_at=NOON, restored_at=None, reason=HOSTILE)
@@ -259,7 +311,7 @@ WRITER = """
 import os, signal
 from pathlib import Path
 from conftest import Opener, an_event
-store = Opener(sys.argv[1], Path(sys.argv[2]))()
+store = Opener(sys.argv[1], sys.argv[2])()
 for _ in range(5):
     created = store.create_incidents([an_event(f"c{n}") for n in range(10)])
     print(*[incident.incident_id for incident in created], flush=True)
@@ -282,7 +334,7 @@ def test_an_agent_is_tried_again_after_its_delay_and_not_before(store: Any, cap:
 
 
 def test_what_a_killed_process_had_stored_is_there(open_again: Opener) -> None:
-    writer = program(WRITER, open_again.kind, str(open_again.place.parent))
+    writer = program(WRITER, open_again.kind, open_again.argument)
     out, errors = writer.communicate(timeout=60)
     assert (writer.returncode, errors) == (-signal.SIGKILL, "")
     promised = out.split()
@@ -378,12 +430,11 @@ def test_threads_never_get_the_same_incident(store: Any) -> None:
 
 CLAIMER = """
 from datetime import timedelta
-from pathlib import Path
-import nightcrier
-store = nightcrier.SQLiteStore(Path(sys.argv[1]))
+from conftest import Opener
+store = Opener(sys.argv[1], sys.argv[2])()
 print("ready", flush=True)
 sys.stdin.readline()
-while batch := store.claim_incidents(sys.argv[2], 3, timedelta(minutes=5)):
+while batch := store.claim_incidents(sys.argv[3], 3, timedelta(minutes=5)):
     for incident in batch:
         print(incident.incident_id)
 store.close()
@@ -395,7 +446,8 @@ def test_processes_never_get_the_same_incident(open_again: Opener) -> None:
     if not store.shared_between_processes:
         pytest.skip("this store serves one process")
     created = store.create_incidents(events_of("a", 90))
-    workers = [program(CLAIMER, str(open_again.place), f"w{number}") for number in range(3)]
+    where = (open_again.kind, open_again.argument)
+    workers = [program(CLAIMER, *where, f"w{number}") for number in range(3)]
     for worker in workers:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ready\n"
@@ -658,6 +710,34 @@ def test_completing_writes_the_outcome_the_execution_the_report_and_the_transiti
     assert first.at <= second.at
 
 
+def test_outcomes_that_are_written_together_stand_each_for_itself(store: Any) -> None:
+    store.create_incidents(events_of("a", 5))
+    good, failed, again, lost, unknown = store.claim_incidents("w1", 5, LEASE)
+    store.start_execution(started := an_execution(good))
+    store.release_incident(lost, "drain")
+    written = resolved(unknown)
+    store.complete_incident(unknown, written)
+    results = store.complete_incidents(
+        [
+            (lost, resolved(lost)),
+            (good, resolved(good, execution=finished(started))),
+            (unknown, written),  # nobody heard that it was written
+            (again, agent_failed(again, agent_retries=1)),
+            (failed, agent_failed(failed)),
+        ]
+    )
+    assert isinstance(results[0], LeaseLost)
+    assert results[1:] == [S.RESOLVED, S.RESOLVED, S.PENDING, S.AGENT_FAILED]
+    assert statuses(store) == {S.RESOLVED: 2, S.PENDING: 2, S.AGENT_FAILED: 1}
+    assert store.list_executions(lost.incident_id) == []
+    assert store.list_executions(good.incident_id)[0].execution_id == started.execution_id
+    assert store.get_report(good.incident_id) is not None
+    assert store.get_report(failed.incident_id) is None
+    steps = store.list_transitions(again.incident_id)
+    assert [(step.seq, step.reason) for step in steps] == [(1, "claimed"), (2, "agent_retry")]
+    assert store.complete_incidents([]) == []
+
+
 def test_an_agent_failure_and_a_failure_to_run_it_are_told_apart(store: Any) -> None:
     store.create_incidents(events_of("a", 2))
     one, two = store.claim_incidents("w", 2, LEASE)
@@ -844,10 +924,12 @@ def test_times_bound_a_list_from_inclusive_to_exclusive(store: Any) -> None:
 
 
 def test_what_is_not_there_is_none_or_empty(store: Any) -> None:
-    assert store.get_incident("absent") is None
-    assert store.get_report("absent") is None
-    assert store.list_transitions("absent") == []
-    assert store.list_executions("absent") == []
+    absent = nightcrier.new_id()
+    assert store.get_incident(absent) is None
+    assert store.get_incident("no id at all") is None
+    assert store.get_report(absent) is None
+    assert store.list_transitions(absent) == []
+    assert store.list_executions(absent) == []
     assert store.list_clusters() == []
     assert store.open_gaps() == []
 
@@ -879,6 +961,51 @@ def test_clusters_gaps_and_workers_are_stored_and_updated(store: Any) -> None:
     store.save_gaps([])
 
 
+def test_a_worker_that_has_stopped_does_not_run_again(store: Any) -> None:
+    """Its heartbeat may have been under way in another thread, and is written last."""
+    worker = nightcrier.WorkerRecord(
+        worker_id="w", host="h", pid=1, role=nightcrier.Role.ALL, started_at=NOON
+    )
+
+    def state_after(*states: str) -> object:
+        for state in states:
+            store.save_worker(dataclasses.replace(worker, state=state))
+        return query(store, "select state from workers")[0][0]
+
+    assert state_after("running", "running") == "running"
+    assert state_after("draining", "running") == "draining"
+    assert state_after("stopped", "draining", "running") == "stopped"
+
+
+def test_a_replica_that_has_left_or_died_has_no_cluster_and_takes_none(store: Any) -> None:
+    def a_replica(name: str) -> nightcrier.WorkerRecord:
+        return nightcrier.WorkerRecord(
+            worker_id=name, host="h", pid=1, role=nightcrier.Role.INGEST, started_at=NOON
+        )
+
+    def owners() -> list[Any]:
+        return [lease.owner for lease in store.watch_view(LEASE).leases]
+
+    def take(name: str) -> list[str]:
+        taken: list[str] = store.acquire_clusters(name, store.watch_view(LEASE).leases, LEASE)
+        return taken
+
+    store.register_clusters([nightcrier.ClusterRecord(cluster="a", endpoint="http://a/mcp")])
+    for name in ("leaver", "victim", "heir"):
+        store.renew_clusters(a_replica(name), {}, LEASE)
+    assert take("leaver") == ["a"]
+    store.leave_clusters(dataclasses.replace(a_replica("leaver"), state="draining"))
+    assert owners() == [None], "without its having to say what it had"
+    assert take("leaver") == [], "as a call that was still under way would"
+    assert take("victim") == ["a"]
+    store.bury_replicas(["victim"])
+    assert owners() == [None]
+    assert store.watch_view(LEASE).replicas == ("heir",)
+    assert take("heir") == ["a"]
+    ended = query(store, "select owner from cluster_watches where ended_at is not null")
+    assert {owner for (owner,) in ended} == {"leaver", "victim"}
+
+
 # --- housekeeping ---------------------------------------------------------------------------------
 
 
@@ -898,7 +1025,6 @@ def test_pruning_deletes_old_terminal_incidents_with_all_that_belongs_to_them(st
     assert sorted(first + rest) == sorted(ids(claimed[:4]))
     assert statuses(store) == {S.AGENT_FAILED: 1, S.RUNNING: 1, S.PENDING: 2}
     assert store.get_incident(first[0]) is None
-    assert query(store, "pragma foreign_key_check") == []
     kept = {table: {row[0] for row in query(store, f"select {key} from {table}")}
             for table, key in nightcrier._INCIDENT_TABLES.items()}  # fmt: skip
     assert not any(found & {*first, *rest} for found in kept.values())
@@ -935,6 +1061,8 @@ def writing(store: Any) -> Iterator[threading.Event]:
 
 
 def test_a_backup_is_whole_although_others_write(store: Any, tmp_path: Path) -> None:
+    if refuses_to_be_copied(store):
+        return
     copy = tmp_path / "copy.db"
     store.create_incidents(events_of("first", 300, context="x" * 20_000))
     with writing(store) as begun:
@@ -953,6 +1081,8 @@ def test_a_backup_is_whole_although_others_write(store: Any, tmp_path: Path) -> 
 
 
 def test_a_backup_never_overwrites(store: Any, tmp_path: Path) -> None:
+    if refuses_to_be_copied(store):
+        return
     (tmp_path / "copy.db").write_text("precious")
     (tmp_path / "link.db").symlink_to("absent")
     for name in ("copy.db", "link.db"):
@@ -963,6 +1093,8 @@ def test_a_backup_never_overwrites(store: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["absent/copy.db", "file/copy.db"])
 def test_a_backup_that_cannot_be_written_says_so(store: Any, tmp_path: Path, place: str) -> None:
+    if refuses_to_be_copied(store):
+        return
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreUnavailable, match="cannot be written"):
         store.backup(tmp_path / place)
@@ -979,11 +1111,11 @@ def test_a_closed_store_is_unavailable_and_closing_twice_is_fine(
     for act in (
         lambda: store.create_incidents([an_event()]),
         lambda: store.claim_incidents("w", 1, LEASE),
-        lambda: store.get_incident("x"),
+        lambda: store.get_incident(claimed.incident_id),
         lambda: store.list_incidents(IncidentFilter()),
         lambda: store.release_expired(3),
         lambda: store.complete_incident(claimed, resolved(claimed)),
-        lambda: store.backup(tmp_path / "copy.db"),
+        *([lambda: store.backup(tmp_path / "copy.db")] if store.can_be_copied else []),
         store.has_pending,
     ):
         with pytest.raises(StoreUnavailable, match="closed"):
@@ -1015,19 +1147,23 @@ class StoreMachine(RuleBasedStateMachine):
     """Whatever is done in whatever order, the store and a dictionary agree."""
 
     kind = ""
+    server = ""  # for PostgreSQL
 
     @initialize()
     def begin(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        self.opener = Opener(self.kind, Path(self.folder.name))
+        self.place = ExitStack()
+        where = a_schema(self.server) if self.server else tempfile.TemporaryDirectory()
+        self.opener = Opener(self.kind, self.place.enter_context(where))
         self.store = self.opener()
         self.model: dict[str, tuple[S, int, int]] = {}  # status, attempt, attempts_charged
         self.held: list[Incident] = []
+        self.started: dict[tuple[str, int], Any] = {}
+        self.written: set[str] = set()
 
     def teardown(self) -> None:
         if hasattr(self, "opener"):
             self.opener.close_all()
-            self.folder.cleanup()
+            self.place.close()
 
     @rule(clusters=st.lists(st.sampled_from("abq"), max_size=4))
     def create(self, clusters: list[str]) -> None:
@@ -1065,9 +1201,12 @@ class StoreMachine(RuleBasedStateMachine):
         incident = data.draw(st.sampled_from(self.held))
         key = incident.incident_id
         _, attempt, charged = self.model.get(key, (None, 0, 0))
+        execution = self.started.get((key, incident.attempt)) or an_execution(incident)
         acts: dict[str, tuple[Callable[[], Any], tuple[S, int, int]]] = {
             "resolve": (
-                lambda: self.store.complete_incident(incident, resolved(incident)),
+                lambda: self.store.complete_incident(
+                    incident, resolved(incident, execution=finished(execution, exit_code=0))
+                ),
                 (S.RESOLVED, attempt, charged),
             ),
             "fail": (
@@ -1085,7 +1224,7 @@ class StoreMachine(RuleBasedStateMachine):
                 (S.PENDING, attempt, charged - 1),
             ),
             "start": (
-                lambda: self.store.start_execution(an_execution(incident)),
+                lambda: self.store.start_execution(execution),
                 (S.RUNNING, attempt, charged),
             ),
             "renew": (
@@ -1099,6 +1238,13 @@ class StoreMachine(RuleBasedStateMachine):
         elif self.is_held(incident):
             act()
             self.model[key] = after
+            if how == "start":
+                self.started[key, incident.attempt] = execution
+            elif how == "resolve":
+                self.written.add(execution.execution_id)
+        elif how == "resolve" and execution.execution_id in self.written:
+            if key in self.model:  # else it was pruned since
+                assert act() is S.RESOLVED, "who asks again hears what was written"
         else:
             with pytest.raises(LeaseLost):
                 act()
@@ -1140,9 +1286,12 @@ class StoreMachine(RuleBasedStateMachine):
             assert [t.seq for t in ways] == list(range(1, len(ways) + 1))
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "filesystem"])
-def test_the_store_agrees_with_a_model_whatever_is_done(kind: str) -> None:
-    machine = type(f"{kind}_machine", (StoreMachine,), {"kind": kind})
+@pytest.mark.parametrize("kind", ["sqlite", "filesystem", "postgres"])
+def test_the_store_agrees_with_a_model_whatever_is_done(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    server = request.getfixturevalue("postgres_dsn") if kind == "postgres" else ""
+    machine = type(f"{kind}_machine", (StoreMachine,), {"kind": kind, "server": server})
     run = settings(max_examples=25, stateful_step_count=25, deadline=None)
     run_state_machine_as_test(machine, settings=run)
 
@@ -1479,7 +1628,8 @@ def test_storing_and_sweeping_use_the_partial_indexes(
         full.claim_incidents("w", 1, EXPIRED)
         full.release_expired(3)
         assert any("incidents_queue" in line for line in plan("select queue_key from incidents"))
-        newest = plan("select max(queue_key) from incidents")
+        newest = [line for line in plan("select max(queue_key)") if "incidents" in line]
+        assert newest
         assert all("incidents_queue_by_cluster" in line for line in newest), newest
         assert all("incidents_running" in line for line in plan("lease_expires_at <= :now"))
 
@@ -1635,7 +1785,7 @@ def test_a_disk_that_cannot_be_written_leaves_memory_and_files_as_they_were(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(nightcrier, "write_file", full)
+        patch.setattr(sql_database, "write_file", full)
         with pytest.raises(StoreUnavailable, match="No space left"):
             claim_one(files)
     assert dump(files) == before

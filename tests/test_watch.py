@@ -172,6 +172,30 @@ def test_put_waits_while_the_inbox_is_full_and_nothing_is_dropped(
     run(scenario())
 
 
+def test_an_event_that_waits_for_room_goes_in_when_its_stream_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Inbox, "MAX_EVENTS", 1)
+
+    async def scenario() -> None:
+        store = StubStore()
+        store.open.clear()
+        first, second = events_of("prod", 2)
+        async with an_inbox(store) as (inbox, task, _):
+            await inbox.put(first)
+            stream = asyncio.create_task(inbox.put(second))
+            await asyncio.sleep(0)  # it waits now
+            stream.cancel()
+            await asyncio.wait([stream])
+            assert stream.cancelled()
+            store.open.set()
+            inbox.close()
+            await task
+            assert store.stored == [first.event_id, second.event_id]
+
+    run(scenario())
+
+
 def test_large_events_fill_the_inbox_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Inbox, "MAX_CHARACTERS", 1000)
 
@@ -1169,6 +1193,33 @@ def test_reload_adds_removes_and_changes_clusters_and_leaves_the_others_alone(
                 assert statuses["kept"] is statuses["new"] is IncidentStatus.PENDING
                 states = dict(watched.rows("select cluster, connection_state from clusters"))
                 assert states["gone"] == "disconnected"
+
+    run(scenario())
+
+
+def test_what_was_written_to_a_stream_before_its_watch_ended_is_an_incident(sqlite: Store) -> None:
+    class Talkative(FakeMCP):
+        """Writes faults up to the moment in which it hears that the session ends."""
+
+        async def handle_delete(self, request: HTTPRequest, respond: HTTPResponder) -> None:
+            for number in range(1000):
+                assert self.emit(a_fault(f"pod-{number}"))
+            await super().handle_delete(request, respond)
+
+    async def scenario() -> None:
+        async with one_cluster(sqlite, Talkative()) as (_, watched):
+            await watched.watch.drop(["alpha"])
+            assert len(await watched.stored(1000)) == 1000
+
+    run(scenario())
+
+
+def test_a_server_that_does_not_end_its_streams_is_left_all_the_same(sqlite: Store) -> None:
+    async def scenario() -> None:
+        async with one_cluster(sqlite) as (fake, watched):
+            fake.habits["DELETE"] = answers(405)
+            await watched.watch.drop(["alpha"])
+            assert watched.watch.watchers == {}
 
     run(scenario())
 

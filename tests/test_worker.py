@@ -475,7 +475,7 @@ def test_new_work_is_found_without_being_told_of_it_and_at_once_when_told(
             await bench.until(lambda: query(bench.store, "select 1 from workers"))
             bench.store.create_incidents([an_event()])
             await bench.until_ended(1)  # another process wrote it: POLL finds it
-            monkeypatch.setattr(Worker, "POLL", 3600.0)
+            monkeypatch.setattr(type(bench.store), "POLL", (3600.0, 3600.0))
             bench.worker.wake()
             await asyncio.sleep(0.1)  # it waits for an hour now
             bench.store.create_incidents([an_event()])
@@ -773,7 +773,7 @@ class Failing:
 
 def test_an_outcome_waits_for_the_database_and_is_written_once(benches: Benches) -> None:
     failing = Failing(benches.store)
-    failing.failures = {"complete_incident": 3, "start_execution": 1}
+    failing.failures = {"complete_incidents": 3, "start_execution": 1}
     (incident,) = benches.store.create_incidents([an_event()])
 
     async def work() -> None:
@@ -782,7 +782,7 @@ def test_an_outcome_waits_for_the_database_and_is_written_once(benches: Benches)
 
     asyncio.run(work())
 
-    assert failing.calls.count("complete_incident") == 4
+    assert failing.calls.count("complete_incidents") == 4
     assert failing.calls.count("start_execution") == 2
     (report,) = query(benches.store, "select incident_id from triage_reports")
     assert report == (incident.incident_id,)
@@ -793,7 +793,7 @@ def test_a_heartbeat_while_the_outcome_is_written_is_no_lost_lease(
     benches: Benches, caplog: pytest.LogCaptureFixture
 ) -> None:
     failing = Failing(benches.store)
-    failing.slow["complete_incident"] = answered = threading.Event()
+    failing.slow["complete_incidents"] = answered = threading.Event()
     benches.store.create_incidents([an_event()])
     caplog.set_level("INFO", "nightcrier")
 
@@ -916,13 +916,13 @@ def test_one_heartbeat_that_fails_costs_nothing(benches: Benches) -> None:
 def test_draining_ends_although_an_outcome_cannot_be_written(benches: Benches) -> None:
     """The lease runs out, and the incident is investigated again."""
     failing = Failing(benches.store)
-    failing.failures = {"complete_incident": float("inf"), "release_incident": float("inf")}
+    failing.failures = {"complete_incidents": float("inf"), "release_incident": float("inf")}
     (incident,) = benches.store.create_incidents([an_event()])
 
     async def work() -> None:
         config = benches.config(shutdown_timeout=0)
         async with benches.working(config, failing) as bench:
-            await bench.until(lambda: "complete_incident" in failing.calls)
+            await bench.until(lambda: "complete_incidents" in failing.calls)
 
     asyncio.run(work())
     found = benches.store.get_incident(incident.incident_id)

@@ -189,7 +189,7 @@ FAKE = "raise RuntimeError('imported from the host')\n"
 
 
 def test_packages_of_the_host_are_not_imported(pyz, host, tmp_path):
-    for name in ("apsw", "h11", "yaml", "nightcrier"):
+    for name in ("apsw", "h11", "pg8000", "yaml", "nightcrier"):
         (tmp_path / "site" / name).mkdir(parents=True)
         (tmp_path / "site" / name / "__init__.py").write_text(FAKE)
     (tmp_path / "site" / "sqlite3.py").write_text(FAKE)
@@ -215,11 +215,30 @@ def test_modules_come_as_bytecode_and_know_their_source(pyz, host):
         def refuse_to_compile(event, arguments):
             assert event != "compile" or not str(arguments[1]).startswith({str(pyz)!r}), arguments
         sys.addaudithook(refuse_to_compile)
-        import apsw, h11, nightcrier, yaml
+        import apsw, h11, nightcrier, pg8000.native, yaml
         print(inspect.getsource(nightcrier.main))
     """)
 
     assert printed.strip() in (ROOT / "nightcrier.py").read_text()
+
+
+def test_the_driver_of_postgresql_loads_without_looking_for_its_metadata(pyz, host):
+    printed = host.runs(
+        *("python3", "-I", "-S", "-c"),
+        f"""if True:
+        import sys
+        sys.path.insert(0, {str(pyz)!r})
+        import zipapp_importer
+        zipapp_importer.install({str(pyz)!r})
+        import pg8000.native, scramp
+        assert "importlib.metadata" not in sys.modules
+        print(pg8000.native.__file__, pg8000.native.__version__, scramp.__version__)
+    """,
+    )
+
+    locked = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M))
+    versions = f"{locked['pg8000']} {locked['scramp']}"
+    assert printed == f"{pyz}/pg8000/native.py {versions}\n"
 
 
 def test_a_traceback_shows_source_lines(pyz, host):
@@ -421,4 +440,5 @@ def test_it_holds_the_licence_of_everything_in_it(pyz):
     with zipfile.ZipFile(pyz) as archive:
         texts = {name.split("/")[1] for name in archive.namelist() if name.startswith("LICENSES/")}
 
+    texts = {text.replace("_", "-") for text in texts}
     assert {f"{name.lower()}-{version}" for name, version in locked} <= texts

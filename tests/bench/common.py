@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -11,13 +12,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import sqlite_store  # noqa: E402
 
-__all__ = ["ROOT", "fresh", "fsync_milliseconds", "rounds", "sqlite_store", "table"]
+__all__ = [
+    "ROOT",
+    "at_once",
+    "fresh",
+    "fsync_milliseconds",
+    "rounds",
+    "seconds_of",
+    "sqlite_store",
+    "table",
+]
 
 
 @contextmanager
@@ -51,6 +62,53 @@ def rounds(contestants: Mapping[str, Callable[[], float]], count: int) -> dict[s
             results[name].append(measure())
             print(f"round {number + 1}  {name}: {results[name][-1]:,.4g}", file=sys.stderr)
     return results
+
+
+class Start:
+    """What a process calls when it is ready to begin; returns when all of them are."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ready, self._go = context.Semaphore(0), context.Event()
+
+    def __call__(self) -> None:
+        self._ready.release()
+        self._go.wait()
+
+    def fire(self, count: int) -> float:
+        for _ in range(count):
+            if not self._ready.acquire(timeout=120):
+                raise RuntimeError("a process did not become ready")
+        self._go.set()
+        return time.perf_counter()
+
+
+@contextmanager
+def at_once(count: int, target: Callable[..., None], *arguments: Any) -> Iterator[float]:
+    """Processes that each run `target(start, number, *arguments)`; gives when they all began."""
+    context = multiprocessing.get_context("spawn")
+    start = Start()
+    started = [
+        context.Process(target=target, args=(start, number, *arguments)) for number in range(count)
+    ]
+    for process in started:
+        process.start()
+    try:
+        yield start.fire(count)
+        for process in started:
+            process.join(60)
+            if process.exitcode != 0:
+                raise RuntimeError(f"a process ended with {process.exitcode}")
+    finally:
+        for process in started:
+            process.kill()
+
+
+def seconds_of(count: int, target: Callable[..., None], *arguments: Any) -> float:
+    """How long such processes take until the last of them has ended."""
+    with at_once(count, target, *arguments) as began:
+        pass
+    return time.perf_counter() - began
 
 
 def table(results: Mapping[str, list[float]], unit: str, *, against: str) -> None:

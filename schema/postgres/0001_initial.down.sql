@@ -1,0 +1,14 @@
+drop view v_clusters;
+drop view v_executions;
+drop view v_queue;
+drop view v_incidents;
+drop table workers;
+drop table holds;
+drop table cluster_gaps;
+drop table clusters;
+drop table notifications;
+drop table triage_reports;
+drop table agent_executions;
+drop table incident_transitions;
+drop table incidents;
+drop table fault_events;

@@ -1,0 +1,1 @@
+drop table cluster_watches;

@@ -206,8 +206,8 @@ class _SupervisorProcess:
     def clear(self) -> None:
         """Kill what outlived its program; each death may hand over further descendants."""
         for _ in range(50):
-            found = self.strays()
-            if not found:
+            found, unclear = self.strays()
+            if not found and not unclear:
                 return
             for pid in found:
                 self.kill(pid, group=False)
@@ -216,13 +216,15 @@ class _SupervisorProcess:
                 with contextlib.suppress(OSError):
                     os.waitpid(pid, os.WNOHANG)
 
-    def strays(self) -> list[int]:
-        """Adopted descendants of programs that have ended.
+    def strays(self) -> tuple[list[int], bool]:
+        """Adopted descendants of programs that have ended; whether there may be more.
 
         A variable that all inherit tells which those are; who dropped it goes with the last one.
+        While a process begins another program (execve) it shows no variables at all: such a one
+        is to be looked at again.
         """
         running = {f"SUPERVISED_RUN={run}".encode() for run in self.children.values()}
-        found = []
+        found, unclear = [], False
         with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
             for pid in {int(pid) for pid in file.read().split()} - self.children.keys():
                 with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as environ:
@@ -230,7 +232,9 @@ class _SupervisorProcess:
                     marks = {word for word in words if word.startswith(b"SUPERVISED_RUN=")}
                     if not running or (marks and not marks & running):
                         found.append(pid)
-        return found
+                    elif words == [b""]:
+                        unclear = True
+        return found, unclear
 
     def kill(self, pid: int, *, group: bool, number: int = 9) -> None:
         with contextlib.suppress(OSError):

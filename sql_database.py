@@ -604,6 +604,11 @@ def insert_statement(table: str, fields: Sequence[str]) -> str:
     )
 
 
+def update_statement(table: str, fields: Sequence[str], key: str) -> str:
+    changes = ", ".join(f"{name} = :{name}" for name in fields if name != key)
+    return f"update {table} set {changes} where {key} = :{key}"
+
+
 def numbered_insert_statement(
     table: str, fields: Sequence[str], number: str, key: str, moment: tuple[str, str]
 ) -> str:
@@ -701,8 +706,7 @@ class SQLiteTransaction:
 
     def update(self, table: str, key: str, rows: Sequence[Row]) -> None:
         if rows:
-            changes = ", ".join(f"{name} = :{name}" for name in rows[0] if name != key)
-            statement = f"update {table} set {changes} where {key} = :{key}"
+            statement = update_statement(table, list(rows[0]), key)
             self._connection.executemany(statement, rows)
 
     def delete(self, table: str, key: str, values: Sequence[Any]) -> None:
@@ -2299,8 +2303,7 @@ class PostgresTransaction:
 
     def update(self, table: str, key: str, rows: Sequence[Row]) -> None:
         if len(rows) == 1:
-            changes = ", ".join(f"{name} = :{name}" for name in rows[0] if name != key)
-            self._session.send(f"update {table} set {changes} where {key} = :{key}", rows[0])
+            self._session.send(update_statement(table, list(rows[0]), key), rows[0])
         elif rows:
             changes = ", ".join(
                 f"{name} = {self._value(table, name)}" for name in rows[0] if name != key

@@ -1,6 +1,6 @@
 """The order of a queue that is fair to all who fill it; nothing here knows of incidents.
 
-nightcrier.py uses this module in its sections 2 and 6; it imports nothing from there.
+incidents.py and state_store.py use this module; it imports nothing from there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The log of a program: one event, one line; nothing here knows of incidents.
 
-No secret, and no control character from outside, gets into a line. nightcrier.py uses this module
-as its section 4; it imports nothing from there.
+No secret, and no control character from outside, gets into a line. nightcrier.py uses this module;
+it imports nothing from there.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 2. A small HTTP server, for health endpoints and for 3.
 3. Simulated clusters that do what a real events-capable server was seen to do.
 
-It is section 7 of nightcrier.py as a module of its own, which imports nothing from it.
+nightcrier.py uses this module in its sections 4, 8 and 9; it imports nothing from there.
 """
 
 from __future__ import annotations

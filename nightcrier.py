@@ -24,15 +24,15 @@ Promises, in the order of their weight:
 4. The agent cannot hurt you: few credentials, hard limits, output treated as untrusted text.
 5. The database explains itself to a person with sqlite3 or psql.
 
-It is one module so that it can be read from top to bottom: a section uses only the sections above
-it, and a name with a leading underscore stays in its section (tests/test_layout.py holds both).
-What knows no incidents is beside it: settings.py, older_config.py, logs.py, sql_database.py,
-fair_queue.py, watch_leases.py, mcp_client.py, agent_process.py, reports.py and demo_script.py.
+It is to be read from top to bottom: a section uses only the sections above it, and a name with a
+leading underscore stays in its section. Modules are in layers in the same way: this one uses
+state_store.py, both use incidents.py, and what knows no incidents is below them: settings.py,
+older_config.py, logs.py, sql_database.py, fair_queue.py, watch_leases.py, mcp_client.py,
+agent_process.py, reports.py and demo_script.py (tests/test_layout.py holds all of that).
 
-    1 Errors            5 Migrations      9 Agent                      13 Demo
-    2 Domain            6 State stores   10 Reports                    14 Daemon and command line
-    3 Configuration     7 MCP client     11 Worker
-    4 Observability     8 Cluster watch  12 HTTP
+    1 Errors            4 Cluster watch   7 Worker     10 Daemon and command line
+    2 Configuration     5 Agent           8 HTTP
+    3 State store       6 Reports         9 Demo
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ import hashlib
 import json
 import logging
 import math
-import operator
 import os
 import platform
 import re
@@ -68,12 +67,10 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from enum import StrEnum
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import demo_script
@@ -98,48 +95,66 @@ from agent_process import (
     set_aside,
     signal_name,
 )
-from fair_queue import MINUTE, QueueLanes
+from incidents import (
+    NAME_LIMIT,
+    TERMINAL,
+    AgentExecution,
+    ClusterGap,
+    ClusterRecord,
+    Completion,
+    ConnectionState,
+    FaultEvent,
+    Incident,
+    IncidentFilter,
+    IncidentStatus,
+    LeaseLost,
+    MalformedEvent,
+    NightcrierError,
+    Outcome,
+    Role,
+    SubscribeMode,
+    TriageReport,
+    WorkerRecord,
+    as_mapping,
+    parse_event,
+)
 from logs import Throttle, one_line, redact, setup_logging
 from mcp_client import backoff, jitter, split_address
 from reports import REPORT_INSTRUCTIONS, read_headline
 from sql_database import (
     CommitUnknown,
-    Database,
     FileLock,
     GroupCall,
-    MirroredDatabase,
-    PostgresDatabase,
     PostgresMigrationTarget,
     PostgresSettings,
     RowRefused,
-    RowSpool,
-    SQLiteDatabase,
     SQLiteMigrationTarget,
     StoreError,
     StoreUnavailable,
-    Transaction,
     clean_json,
     clean_text,
     format_time,
-    id_floor,
     load_migrations,
     migrate_up,
     must_be_writable,
     new_id,
     parse_dsn,
-    parse_time,
     require_room,
-    storable_json,
     utc_now,
     write_file,
 )
-from watch_leases import (
-    ClusterTurn,
-    WatchLease,
-    WatchView,
-    plan_watches,
-    received_by_another,
+from state_store import (
+    INCIDENTS,
+    WATCHES,
+    AsyncStore,
+    FilesystemStore,
+    PostgresStore,
+    Spool,
+    SQLiteStore,
+    StateStore,
+    incident_document,
 )
+from watch_leases import WatchView, plan_watches, received_by_another
 
 __version__ = "0.1.0"
 
@@ -158,16 +173,12 @@ __all__ = [
 
 T = TypeVar("T")
 
+log = logging.getLogger("nightcrier")
+
 # ============================================================================
 # 1. Errors
 # Each kind has an exit code; each message says what to do next.
 # ============================================================================
-
-
-class NightcrierError(Exception):
-    """Base of everything that nightcrier raises on purpose."""
-
-    exit_code: ClassVar[int] = 1
 
 
 class UsageError(NightcrierError):
@@ -192,390 +203,8 @@ class DependencyMissing(NightcrierError):
     exit_code = 5
 
 
-class LeaseLost(NightcrierError):
-    """Somebody else holds, or has finished, the incident: nothing was written."""
-
-    def __init__(self, incident_id: str, attempt: int) -> None:
-        super().__init__(f"incident {incident_id}: the lease of attempt {attempt} is gone")
-
-
 # ============================================================================
-# 2. Domain
-# Values and decisions without I/O.
-# ============================================================================
-
-
-class IncidentStatus(StrEnum):
-    PENDING = "PENDING"
-    RUNNING = "RUNNING"
-    RESOLVED = "RESOLVED"
-    AGENT_FAILED = "AGENT_FAILED"
-    FAILED = "FAILED"
-    SKIPPED = "SKIPPED"
-
-
-_S = IncidentStatus
-TRANSITIONS: Mapping[IncidentStatus, frozenset[IncidentStatus]] = {
-    _S.PENDING: frozenset({_S.RUNNING}),
-    # back to PENDING: released on drain, lease ran out, or the agent is tried again
-    _S.RUNNING: frozenset({_S.RESOLVED, _S.AGENT_FAILED, _S.FAILED, _S.PENDING}),
-    _S.RESOLVED: frozenset(),
-    _S.AGENT_FAILED: frozenset(),
-    _S.FAILED: frozenset(),
-    _S.SKIPPED: frozenset(),
-}
-TERMINAL = frozenset(status for status, ways_out in TRANSITIONS.items() if not ways_out)
-
-
-class Severity(StrEnum):
-    CRITICAL = "critical"
-    WARNING = "warning"
-    INFO = "info"
-    UNKNOWN = "unknown"
-
-
-class Outcome(StrEnum):
-    """How one run of an agent ended."""
-
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    TIMED_OUT = "timed_out"
-    OUTPUT_INVALID = "output_invalid"
-    NOT_STARTED = "not_started"
-    LEASE_LOST = "lease_lost"
-    CANCELLED = "cancelled"
-
-
-class SubscribeMode(StrEnum):
-    FAULTS = "faults"
-    EVENTS = "events"
-
-
-class Role(StrEnum):
-    ALL = "all"
-    INGEST = "ingest"
-    WORKER = "worker"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FaultEvent:
-    """What a cluster reported. Texts are storable: no NUL, no lone surrogates, names bounded."""
-
-    event_id: str
-    cluster: str
-    received_at: datetime
-    fault_type: str
-    severity: Severity
-    reported_cluster: str = ""
-    session_id: str = ""
-    subscription_id: str = ""
-    delivery_id: str | None = None
-    fault_fingerprint: str = ""
-    context: str = ""
-    occurred_at: datetime | None = None
-    resource_api_version: str = ""
-    resource_kind: str = ""
-    resource_namespace: str = ""
-    resource_name: str = ""
-    resource_uid: str = ""
-    payload: str = "{}"
-
-    @property
-    def resource(self) -> str:
-        """`Kind/namespace/name`, with what is missing left out; for people."""
-        parts = (self.resource_kind, self.resource_namespace, self.resource_name)
-        return "/".join(part for part in parts if part) or "?"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Incident:
-    """A fault event and how far its investigation is."""
-
-    event: FaultEvent
-    status: IncidentStatus
-    queue_key: int
-    created_at: datetime
-    started_at: datetime | None = None
-    completed_at: datetime | None = None
-    attempt: int = 0
-    attempts_charged: int = 0
-    claimed_by: str | None = None
-    lease_expires_at: datetime | None = None
-    exit_code: int | None = None
-    failure_reason: str | None = None
-
-    @property
-    def incident_id(self) -> str:
-        """An incident has the id of its event: one event, one incident."""
-        return self.event.event_id
-
-    @property
-    def cluster(self) -> str:
-        return self.event.cluster
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Transition:
-    seq: int
-    from_status: IncidentStatus
-    to_status: IncidentStatus
-    at: datetime
-    worker_id: str | None
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentExecution:
-    """One run of an agent; `completed_at` and `outcome` come together."""
-
-    execution_id: str
-    incident_id: str
-    attempt: int
-    cluster: str
-    worker_id: str
-    host: str
-    runtime: str
-    agent: str
-    started_at: datetime
-    pid: int | None = None
-    process_started_at: datetime | None = None
-    agent_version: str | None = None
-    model: str | None = None
-    prompt_sha256: str | None = None
-    workspace: str | None = None
-    completed_at: datetime | None = None
-    exit_code: int | None = None
-    signal: str | None = None
-    outcome: Outcome | None = None
-    error_message: str | None = None
-    log_paths: str | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cost_usd: float | None = None
-    usage: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TriageReport:
-    report_id: str
-    generated_at: datetime
-    report_markdown: str
-    root_cause: str | None = None
-    confidence: str | None = None
-    report_html: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """How an attempt ended, to be written in one transaction.
-
-    An `AGENT_FAILED` goes back to the queue instead, after `retry_delay`, as long as fewer than
-    `agent_retries` such retries have been made of the incident.
-    """
-
-    status: IncidentStatus
-    execution: AgentExecution | None
-    report: TriageReport | None = None
-    exit_code: int | None = None
-    failure_reason: str | None = None
-    agent_retries: int = 0
-    retry_delay: timedelta = timedelta(0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IncidentFilter:
-    """Which incidents to list; what is None or empty does not restrict."""
-
-    cluster: str | None = None
-    resource_kind: str | None = None
-    resource_namespace: str | None = None
-    resource_name: str | None = None
-    severity: Severity | None = None
-    fault_type: str | None = None
-    statuses: frozenset[IncidentStatus] = frozenset()
-    created_from: datetime | None = None  # inclusive
-    created_before: datetime | None = None  # exclusive
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IncidentPage:
-    """Newest first. `cursor` continues behind the last one; None: there are no more."""
-
-    incidents: tuple[Incident, ...]
-    cursor: str | None
-
-
-class ConnectionState(StrEnum):
-    DISCONNECTED = "disconnected"
-    CONNECTING = "connecting"
-    SUBSCRIBING = "subscribing"
-    ACTIVE = "active"
-    DEGRADED = "degraded"
-    FAILED = "failed"
-    STANDBY = "standby"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterRecord:
-    """What is known of the watch of one cluster, as stored."""
-
-    cluster: str
-    endpoint: str
-    labels: str = "{}"
-    triage_enabled: bool = True
-    connection_state: ConnectionState = ConnectionState.DISCONNECTED
-    protocol_version: str | None = None
-    session_id: str | None = None
-    subscription_id: str | None = None
-    connected_at: datetime | None = None
-    stream_lost_at: datetime | None = None
-    last_event_at: datetime | None = None
-    events_total: int = 0
-    malformed_total: int = 0
-    last_error: str | None = None
-    updated_at: datetime | None = None
-    owner: str | None = None  # the replica that watches, where replicas share the clusters
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterGap:
-    """A time in which the faults of a cluster could not be received."""
-
-    cluster: str
-    lost_at: datetime
-    restored_at: datetime | None
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerRecord:
-    """A running nightcrier, as other people see it in the database."""
-
-    worker_id: str
-    host: str
-    pid: int
-    role: Role
-    started_at: datetime
-    state: str = "running"  # running | draining | stopped
-
-
-NAME_LIMIT = 512  # characters; names are indexed, and PostgreSQL bounds what it can index
-_INDEXED_ID_LIMIT = 1_024  # bytes; two of them and a cluster's name fit in one row of an index
-
-
-class MalformedEvent(NightcrierError):
-    """A notification that cannot be an incident; the message says why."""
-
-
-def _text_of(mapping: Mapping[str, Any], key: str, limit: int | None = NAME_LIMIT) -> str:
-    """A text field; one that is missing or of another type is the same as empty."""
-    value = mapping.get(key)
-    return value[:limit] if isinstance(value, str) else ""
-
-
-def as_mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def parse_event(
-    data: object,
-    *,
-    mode: SubscribeMode,
-    cluster: str,
-    received_at: datetime,
-    session_id: str = "",
-    delivery_id: str | None = None,
-) -> FaultEvent:
-    """Read `params.data` of a `kubernetes/faults` or `kubernetes/events` notification.
-
-    A fault that lacks optional fields is still an event. Only what is no JSON object, or a
-    Kubernetes event without its `event`, raises MalformedEvent. `cluster` is the configured name:
-    the server's own may be empty, and is not unique.
-    """
-    if not isinstance(data, dict):
-        raise MalformedEvent(f"params.data is {type(data).__name__}, not an object")
-    try:
-        data, payload = storable_json(data)
-    except RecursionError:
-        raise MalformedEvent("params.data is nested too deeply") from None
-    common: dict[str, Any] = {
-        "event_id": new_id(),
-        "cluster": cluster,
-        "received_at": received_at,
-        "session_id": clean_text(session_id, _INDEXED_ID_LIMIT),
-        "delivery_id": _delivery_id(session_id, delivery_id),
-        "reported_cluster": _text_of(data, "cluster"),
-        "subscription_id": _text_of(data, "subscriptionId"),
-        "payload": payload,
-    }
-    if mode is SubscribeMode.EVENTS:
-        return _parse_kubernetes_event(data, common)
-    resource = as_mapping(data.get("resource"))
-    severity = _text_of(data, "severity").lower()
-    return FaultEvent(
-        **common,
-        fault_type=_text_of(data, "faultType") or "Unknown",
-        severity=Severity(severity) if severity in set(Severity) else Severity.UNKNOWN,
-        fault_fingerprint=_text_of(data, "faultId"),
-        context=_text_of(data, "context", None),
-        occurred_at=parse_time(_text_of(data, "timestamp")),
-        **_resource_fields(resource),
-    )
-
-
-def _delivery_id(session_id: str, given: str | None) -> str | None:
-    """An id tells messages apart only within a session, and only if nothing is cut off it."""
-    if not given or not session_id or given != clean_text(given, NAME_LIMIT):
-        return None
-    whole = session_id == clean_text(session_id, _INDEXED_ID_LIMIT)
-    return given if whole and len((session_id + given).encode()) <= 2 * _INDEXED_ID_LIMIT else None
-
-
-def _parse_kubernetes_event(data: Mapping[str, Any], common: Mapping[str, Any]) -> FaultEvent:
-    """Mode `events`: the reason of the Kubernetes event is the fault type."""
-    event = as_mapping(data.get("event"))
-    if not event:
-        raise MalformedEvent("params.data.event is missing")
-    involved = as_mapping(event.get("involvedObject"))
-    resource = _resource_fields(involved)
-    resource["resource_namespace"] = resource["resource_namespace"] or _text_of(event, "namespace")
-    kinds = {"Warning": Severity.WARNING, "Normal": Severity.INFO}
-    return FaultEvent(
-        **common,
-        fault_type=_text_of(event, "reason") or "Unknown",
-        severity=kinds.get(_text_of(event, "type"), Severity.UNKNOWN),
-        context=_text_of(event, "message", None),
-        occurred_at=parse_time(_text_of(event, "timestamp")),
-        **resource,
-    )
-
-
-def _resource_fields(resource: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "resource_api_version": _text_of(resource, "apiVersion"),
-        "resource_kind": _text_of(resource, "kind"),
-        "resource_namespace": _text_of(resource, "namespace"),
-        "resource_name": _text_of(resource, "name"),
-        "resource_uid": _text_of(resource, "uid"),
-    }
-
-
-QUEUE_DELAYS: Mapping[str, int] = {
-    Severity.CRITICAL: 0,
-    Severity.WARNING: 5 * MINUTE,
-    Severity.UNKNOWN: 5 * MINUTE,  # might be anything: as urgent as a warning
-    Severity.INFO: 30 * MINUTE,
-}
-lane_of = operator.attrgetter("cluster", "severity")  # of the queue, for an event
-
-
-def microseconds(moment: datetime) -> int:
-    """The unit of queue_key."""
-    return int(moment.timestamp() * 1_000_000)
-
-
-# ============================================================================
-# 3. Configuration
+# 2. Configuration
 # OPTIONS is the one list: YAML keys, environment, flags and --help are made from it. What makes
 # and reads options knows no incidents: it lives in settings.py, and keys of the existing
 # nightcrier in older_config.py.
@@ -841,1175 +470,14 @@ def load_config(
 
 
 # ============================================================================
-# 4. Observability
-# One event, one line. Redaction and formats know no incidents: they live in logs.py.
-# ============================================================================
-
-
-log = logging.getLogger("nightcrier")
-
-
-# ============================================================================
-# 5. Migrations
-# The runner and the SQLite engine know no incidents: they live in sql_database.py.
+# 3. State store
+# Which one the configuration names. What stores do is in state_store.py.
 # ============================================================================
 
 
 def program_id() -> str:
     """Who did something: program, version, host and process."""
     return f"nightcrier {__version__} on {socket.gethostname()} (pid {os.getpid()})"
-
-
-# ============================================================================
-# 6. State stores
-# Every statement is written once, in the classes of queries; a database below them holds the
-# connection and the transaction. Whoever lost a lease writes nothing: each statement that ends or
-# moves an incident names the holder and the attempt.
-# ============================================================================
-
-
-_EVENT_FIELDS = tuple(f.name for f in dataclasses.fields(FaultEvent))
-_EXECUTION_FIELDS = tuple(f.name for f in dataclasses.fields(AgentExecution))
-_CLUSTER_FIELDS = tuple(f.name for f in dataclasses.fields(ClusterRecord))
-_REPORT_FIELDS = tuple(f.name for f in dataclasses.fields(TriageReport))
-_TRANSITION_FIELDS = tuple(f.name for f in dataclasses.fields(Transition))
-_GAP_FIELDS = tuple(f.name for f in dataclasses.fields(ClusterGap))
-_STATE_FIELDS = tuple(f.name for f in dataclasses.fields(Incident))[1:]  # all but the event
-_INCIDENT_COLUMNS = ", ".join(
-    [f"e.{name}" for name in _EVENT_FIELDS] + [f"i.{name}" for name in _STATE_FIELDS]
-)
-# Every incident has its event; `left join` keeps planners from going through the events first.
-_SELECT_INCIDENT = f"""
-    select {_INCIDENT_COLUMNS}
-    from incidents i left join fault_events e on e.event_id = i.incident_id"""
-
-
-def _on_conflict(key: Sequence[str], fields: Sequence[str]) -> str:
-    """Of a row whose key is there already, change the other fields."""
-    changes = ", ".join(f"{name} = excluded.{name}" for name in fields if name not in key)
-    return f"on conflict ({', '.join(key)}) do update set {changes}"
-
-
-def _stored(value: object) -> object:
-    """A value of the domain as a parameter of SQL."""
-    return format_time(value) if isinstance(value, datetime) else value
-
-
-def _params(item: Any, fields: Sequence[str]) -> dict[str, Any]:
-    values = {name: getattr(item, name) for name in fields}
-    return {k: format_time(v) if isinstance(v, datetime) else v for k, v in values.items()}
-
-
-_ENUMS: Mapping[str, Callable[[Any], Any]] = {
-    "status": IncidentStatus,
-    "from_status": IncidentStatus,
-    "to_status": IncidentStatus,
-    "severity": Severity,
-    "outcome": Outcome,
-    "connection_state": ConnectionState,
-    "triage_enabled": bool,
-}
-
-
-def _value(name: str, stored: Any) -> Any:
-    """A column's value as the domain has it; the name of a column tells what it holds."""
-    if stored is None:
-        return None
-    if name in _ENUMS:
-        return _ENUMS[name](stored)
-    if (name.endswith("_at") or name == "at") and isinstance(stored, str):
-        if (moment := parse_time(stored)) is None:
-            raise StoreError(f"the database holds {stored[:40]!r} where a time belongs ({name})")
-        return moment
-    return stored
-
-
-def _values(names: Sequence[str], row: Sequence[Any]) -> dict[str, Any]:
-    return {name: _value(name, stored) for name, stored in zip(names, row, strict=True)}
-
-
-def _fetch(
-    database: Database, kind: Callable[..., T], fields: Sequence[str], tail: str, **params: Any
-) -> list[T]:
-    """The rows of `select <fields> <tail>` as values of the domain."""
-    statement = f"select {', '.join(fields)} {tail}"
-    rows = database.read(lambda tx: tx.run(statement, **params))
-    return [kind(**_values(fields, row)) for row in rows]
-
-
-def _incident_from(row: Sequence[Any]) -> Incident:
-    split = len(_EVENT_FIELDS)
-    event = FaultEvent(**_values(_EVENT_FIELDS, row[:split]))
-    return Incident(event=event, **_values(_STATE_FIELDS, row[split:]))
-
-
-# An execution is opened when its agent runs, and closed with the incident; one that never ran is
-# inserted closed.
-_EXECUTION_KEPT = ("execution_id", "incident_id", "attempt")
-_IF_EXECUTION_IS_THERE = _on_conflict(
-    ("incident_id", "attempt"), [name for name in _EXECUTION_FIELDS if name not in _EXECUTION_KEPT]
-)
-# Whoever lost the lease of a cluster does not write over what its successor says of it.
-_IF_CLUSTER_IS_THERE = (
-    _on_conflict(("cluster", "owner"), _CLUSTER_FIELDS).replace("(cluster, owner)", "(cluster)")
-    + " where clusters.owner is not distinct from excluded.owner"
-)
-_IF_GAP_IS_THERE = _on_conflict(("cluster", "lost_at"), ("restored_at",))
-_WORKER_FIELDS = tuple(f.name for f in dataclasses.fields(WorkerRecord))
-# A worker's last words count, though a heartbeat that was under way may be written after them.
-_IF_WORKER_IS_THERE = (
-    _on_conflict(("worker_id",), ("state", "heartbeat_at"))
-    + " where workers.state = 'running' or excluded.state in (workers.state, 'stopped')"
-)
-
-
-class _IncidentQueries:
-    """The queue: create, claim, renew, complete, release, expire."""
-
-    _database: Database
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        pending = database.read(
-            lambda tx: tx.run("""
-                select cluster, severity, max(queue_key) from incidents
-                where status = 'PENDING' group by cluster, severity""")
-        )
-        self._lanes = QueueLanes(QUEUE_DELAYS, pending)
-
-    def create_incidents(
-        self, events: Sequence[FaultEvent], *, without_triage: Collection[str] = ()
-    ) -> list[Incident]:
-        """Store events and an incident for each: PENDING, or SKIPPED for clusters without triage.
-
-        Returns what is new: an event whose id, or whose delivery in its session, is already
-        stored is left out with its incident.
-        """
-        unique = {event.event_id: event for event in events}
-
-        def job(tx: Transaction) -> list[Incident]:
-            skipped = frozenset(without_triage)
-            incidents = self._new_incidents(tx, list(unique.values()), skipped)
-            rows = [_params(incident.event, _EVENT_FIELDS) for incident in incidents]
-            whole = tx.insert_new("fault_events", rows) == len(rows)
-            stored = incidents if whole else [new for new in incidents if _has_event(tx, new)]
-            rows = [_incident_row(incident) for incident in stored]
-            if tx.insert_new("incidents", rows) == len(incidents):
-                return incidents
-            return [new for new in stored if self._is_new(tx, new)]
-
-        created = self._database.write(job) if events else []
-        if any(incident.status is IncidentStatus.PENDING for incident in created):
-            self._database.notify(INCIDENTS)
-        return created
-
-    def _new_incidents(
-        self, tx: Transaction, events: Sequence[FaultEvent], skipped: Collection[str]
-    ) -> list[Incident]:
-        queued = [event for event in events if event.cluster not in skipped]
-        head = tx.run("""
-            select queue_key from incidents where status = 'PENDING'
-            order by queue_key, incident_id limit 1""")
-
-        def newest_pending(clusters: Sequence[str]) -> dict[str, int]:
-            # One probe of the index for each: grouping would go through all that is pending.
-            rows = tx.run(
-                f"""select value, (select max(queue_key) from incidents
-                                   where status = 'PENDING' and cluster = value)
-                    from {tx.each_value} given""",
-                values=json.dumps(clusters),
-            )
-            return {cluster: key for cluster, key in rows if key is not None}
-
-        keys = iter(
-            self._lanes.assign(
-                [lane_of(event) for event in queued],
-                now=microseconds(tx.now),
-                head=head[0][0] if head else None,
-                newest_pending=newest_pending,
-            )
-        )
-        return [
-            new_incident(event, tx.now, None if event.cluster in skipped else next(keys))
-            for event in events
-        ]
-
-    def _is_new(self, tx: Transaction, incident: Incident) -> bool:
-        """Whether the stored incident is the one just made, not one of an earlier call."""
-        rows = tx.run(
-            "select queue_key, attempt from incidents where incident_id = :incident_id",
-            incident_id=incident.incident_id,
-        )
-        return rows == [(incident.queue_key, 0)]
-
-    def has_pending(self) -> bool:
-        """Whether a claim is worth trying; cheap, and may be out of date at once."""
-        return self._database.read(
-            lambda tx: bool(tx.run("select 1 from incidents where status = 'PENDING' limit 1"))
-        )
-
-    def claim_incidents(
-        self,
-        worker_id: str,
-        limit: int,
-        lease: timedelta,
-        *,
-        max_per_cluster: int = 0,
-    ) -> list[Incident]:
-        """Move at most `limit` incidents to RUNNING, most urgent first, fair between clusters.
-
-        Each is handed to exactly one caller. No cluster gets more than `max_per_cluster` running
-        incidents (0: no limit), and none is taken from a cluster on hold.
-        """
-
-        def job(tx: Transaction) -> list[Incident]:
-            held = _held_clusters(tx)
-            if max_per_cluster or held:
-                wanted = _pick_around(tx, limit, held, max_per_cluster)
-            else:
-                wanted = _pick_head(tx, limit)
-            claimed = [_claimed(found, worker_id, tx.now, lease) for found in wanted]
-            rows = [_params(incident, _CLAIM_FIELDS) for incident in claimed]
-            tx.update("incidents", "incident_id", rows)
-            _record_transitions(tx, claimed, IncidentStatus.PENDING, ["claimed"] * len(claimed))
-            return claimed
-
-        return self._database.write(job) if limit > 0 else []
-
-    def claimed_incidents(self, worker_id: str) -> list[Incident]:
-        """What a worker holds; a claim whose answer was lost with the connection is among it."""
-        statement = f"{_SELECT_INCIDENT} where i.status = 'RUNNING' and i.claimed_by = :worker_id"
-        rows = self._database.read(lambda tx: tx.run(statement, worker_id=worker_id))
-        return [_incident_from(row) for row in rows]
-
-    def renew_leases(self, incidents: Sequence[Incident], lease: timedelta) -> list[str]:
-        """Extend the leases of claimed incidents; returns the ids of those that are lost."""
-
-        def job(tx: Transaction) -> list[str]:
-            held = _claims_held(tx, {incident.claimed_by for incident in incidents})
-            ours = {incident.incident_id: _claim_of(incident) for incident in incidents}
-            kept = [incident_id for incident_id, claim in ours.items() if claim in held]
-            until = format_time(tx.now + lease)
-            rows = [{"incident_id": kept_id, "lease_expires_at": until} for kept_id in kept]
-            tx.update("incidents", "incident_id", rows)
-            return [incident_id for incident_id in ours if incident_id not in kept]
-
-        return self._database.write(job) if incidents else []
-
-    def start_execution(self, execution: AgentExecution) -> None:
-        """Record that the agent of a claimed incident runs; raises LeaseLost."""
-
-        def job(tx: Transaction) -> None:
-            # Locked: who takes the lease back at this moment would close no execution.
-            claim = (execution.incident_id, execution.attempt, execution.worker_id)
-            if claim not in _claims_held(tx, {execution.worker_id}):
-                raise LeaseLost(execution.incident_id, execution.attempt)
-            _save_executions(tx, [execution])
-
-        self._database.write(job)
-
-    def complete_incident(self, incident: Incident, completion: Completion) -> IncidentStatus:
-        """As `complete_incidents`, for one; raises LeaseLost."""
-        (status,) = self.complete_incidents([(incident, completion)])
-        if isinstance(status, LeaseLost):
-            raise status
-        return status
-
-    def complete_incidents(
-        self, outcomes: Sequence[tuple[Incident, Completion]]
-    ) -> list[IncidentStatus | LeaseLost]:
-        """Write outcomes of claimed incidents: incident, transition, execution and report.
-
-        All in one transaction. For each it returns the new status, which is PENDING when the agent
-        is to be tried again, or LeaseLost: then the lease is gone and nothing of it is written.
-        Whoever does not know whether it was written (CommitUnknown) asks again: the same execution
-        ends once.
-        """
-
-        def job(tx: Transaction) -> list[IncidentStatus | LeaseLost]:
-            held = _claims_held(tx, {incident.claimed_by for incident, _ in outcomes})
-            ends: list[_End] = []
-            results: list[IncidentStatus | LeaseLost] = []
-            for incident, completion in outcomes:
-                if _claim_of(incident) in held:
-                    ends.append(self._end_of(tx, incident, completion))
-                    results.append(ends[-1].status)
-                else:
-                    results.append(_written_before(tx, incident, completion))
-            _leave_running(tx, ends)
-            written = [(e.completion.execution, e.completion.report) for e in ends if e.completion]
-            _save_executions(tx, [execution for execution, _ in written if execution])
-            _save_reports(tx, [(e, report) for e, report in written if e and report])
-            return results
-
-        return self._database.write(job)
-
-    @staticmethod
-    def _end_of(tx: Transaction, incident: Incident, completion: Completion) -> _End:
-        """What a completion makes of its incident; a failed agent may be tried again."""
-        end = _End(incident, completion.status, completion.failure_reason or "", completion)
-        if completion.status is IncidentStatus.AGENT_FAILED and completion.agent_retries:
-            ((retries,),) = tx.run(
-                """select count(*) from incident_transitions
-                   where incident_id = :incident_id and reason = 'agent_retry'""",
-                incident_id=incident.incident_id,
-            )
-            if retries < completion.agent_retries:
-                due = microseconds(tx.now + completion.retry_delay)
-                return _End(incident, IncidentStatus.PENDING, "agent_retry", completion, due)
-        return end
-
-    def release_incident(
-        self, incident: Incident, reason: str, execution: AgentExecution | None = None
-    ) -> None:
-        """Back to PENDING, the attempt is not charged; raises LeaseLost."""
-
-        def job(tx: Transaction) -> None:
-            if _claim_of(incident) not in _claims_held(tx, {incident.claimed_by}):
-                raise LeaseLost(incident.incident_id, incident.attempt)
-            _leave_running(tx, [_End(incident, IncidentStatus.PENDING, reason, refund=1)])
-            _save_executions(tx, [execution] if execution else [])
-
-        self._database.write(job)
-
-    def release_expired(self, max_attempts: int) -> list[Incident]:
-        """Take back expired leases: PENDING, or FAILED when `max_attempts` were charged."""
-
-        def job(tx: Transaction) -> list[Incident]:
-            rows = tx.run(
-                f"""select incident_id from incidents i
-                    where status = 'RUNNING' and lease_expires_at <= :now {tx.lock_free_rows}"""
-            )
-            for (incident_id,) in rows:
-                if incident := find_incident(tx, incident_id):
-                    self._expire(tx, incident, max_attempts)
-            found = (find_incident(tx, incident_id) for (incident_id,) in rows)
-            return [incident for incident in found if incident is not None]
-
-        if not self._database.read(self._any_expired):
-            return []  # the common case costs no write transaction
-        expired = self._database.write(job)
-        if expired:
-            self._database.notify(INCIDENTS)
-        return expired
-
-    @staticmethod
-    def _any_expired(tx: Transaction) -> bool:
-        return bool(
-            tx.run(
-                """select 1 from incidents
-                   where status = 'RUNNING' and lease_expires_at <= :now limit 1"""
-            )
-        )
-
-    def _expire(self, tx: Transaction, incident: Incident, max_attempts: int) -> None:
-        reason = f"lease of worker {incident.claimed_by} ran out"
-        completion = None
-        status = IncidentStatus.PENDING
-        if incident.attempts_charged >= max_attempts:
-            status = IncidentStatus.FAILED
-            reason = f"{reason}, after {incident.attempts_charged} attempts"
-            completion = Completion(status=status, execution=None, failure_reason=reason)
-        _leave_running(tx, [_End(incident, status, reason, completion)])
-        tx.send(
-            """update agent_executions
-               set completed_at = :now, outcome = 'lease_lost', error_message = :reason
-               where incident_id = :incident_id and completed_at is null""",
-            reason=reason,
-            incident_id=incident.incident_id,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """How a claimed incident leaves RUNNING."""
-
-    incident: Incident
-    status: IncidentStatus
-    reason: str
-    completion: Completion | None = None
-    queue_key: int | None = None  # None: it keeps its place
-    refund: int = 0
-
-    def row(self, now: str) -> dict[str, Any]:
-        """What is stored of it; nobody else has changed the incident since the claim."""
-        incident, completion = self.incident, self.completion
-        terminal = completion if self.status in TERMINAL else None
-        return {
-            "incident_id": incident.incident_id,
-            "status": self.status,
-            "claimed_by": None,
-            "lease_expires_at": None,
-            "completed_at": now if terminal else None,
-            "exit_code": terminal.exit_code if terminal else None,
-            "failure_reason": terminal.failure_reason if terminal else None,
-            "attempts_charged": incident.attempts_charged - self.refund,
-            "queue_key": incident.queue_key if self.queue_key is None else self.queue_key,
-        }
-
-
-def _claim_of(incident: Incident) -> tuple[str, int, str | None]:
-    return incident.incident_id, incident.attempt, incident.claimed_by
-
-
-def _claims_held(tx: Transaction, workers: Collection[str | None]) -> set[tuple[Any, ...]]:
-    """Every claim of some workers; the rows are locked, by all in the same order."""
-    return {
-        claim
-        for worker_id in sorted(map(str, workers))
-        for claim in tx.run(
-            f"""select incident_id, attempt, claimed_by from incidents i
-                where status = 'RUNNING' and claimed_by = :worker_id
-                order by incident_id {tx.lock_rows}""",
-            worker_id=worker_id,
-        )
-    }
-
-
-def _leave_running(tx: Transaction, ends: Sequence[_End]) -> None:
-    """The one way out of RUNNING, of incidents whose rows are locked and whose claims hold."""
-    for end in ends:
-        if end.status not in TRANSITIONS[IncidentStatus.RUNNING]:
-            raise StoreError(f"a running incident cannot become {end.status}")
-    if ends:
-        now = format_time(tx.now)
-        tx.update("incidents", "incident_id", [end.row(now) for end in ends])
-        moved = [dataclasses.replace(end.incident, status=end.status) for end in ends]
-        reasons = [end.reason for end in ends]
-        _record_transitions(tx, moved, IncidentStatus.RUNNING, reasons)
-
-
-INCIDENTS = "incidents"  # the topic of notifications: there may be work
-
-
-_CLAIM_FIELDS = (
-    *("incident_id", "status", "attempt", "attempts_charged", "claimed_by"),
-    *("lease_expires_at", "started_at"),
-)
-
-
-def _claimed(found: Incident, worker_id: str, now: datetime, lease: timedelta) -> Incident:
-    return dataclasses.replace(
-        found,
-        status=IncidentStatus.RUNNING,
-        attempt=found.attempt + 1,
-        attempts_charged=found.attempts_charged + 1,
-        claimed_by=worker_id,
-        lease_expires_at=now + lease,
-        started_at=found.started_at or now,
-    )
-
-
-def _written_before(
-    tx: Transaction, incident: Incident, completion: Completion
-) -> IncidentStatus | LeaseLost:
-    """What an earlier, unanswered call made of the attempt."""
-    written = completion.execution and tx.run(
-        """select 1 from agent_executions
-           where execution_id = :execution_id and outcome = :outcome""",
-        execution_id=completion.execution.execution_id,
-        outcome=completion.execution.outcome,
-    )
-    if not written:
-        return LeaseLost(incident.incident_id, incident.attempt)
-    ends = tx.run(
-        """select to_status from incident_transitions
-           where incident_id = :incident_id and from_status = 'RUNNING' order by seq""",
-        incident_id=incident.incident_id,
-    )
-    return IncidentStatus(ends[incident.attempt - 1][0])  # every attempt ends once
-
-
-# A queue key is a virtual time, and may lie ahead of the clock; only that of a retry is a date.
-_DUE = """
-    (attempt = 0 or queue_key <= :clock or 'agent_retry' <>
-     (select reason from incident_transitions t where t.incident_id = i.incident_id
-      order by seq desc limit 1))"""
-
-
-def _pick_head(tx: Transaction, limit: int) -> list[Incident]:
-    """One probe of the queue's index, however much is pending or finished."""
-    rows = tx.run(
-        f"""{_SELECT_INCIDENT}
-            where i.status = 'PENDING' and {_DUE}
-            order by i.queue_key, i.incident_id limit :limit {tx.lock_free_rows}""",
-        limit=limit,
-        clock=microseconds(tx.now),
-    )
-    return [_incident_from(row) for row in rows]
-
-
-def _pick_around(
-    tx: Transaction, limit: int, held: frozenset[str | None], max_per_cluster: int
-) -> list[Incident]:
-    """Through the clusters with pending work, never through the rows of an excluded one."""
-    if None in held:
-        return []
-    running = dict(
-        tx.run("""select cluster, count(*) from incidents
-                  where status = 'RUNNING' group by cluster""")
-    )
-    found: list[tuple[int, str]] = []
-    for cluster in _pending_clusters(tx):
-        room = max_per_cluster - running.get(cluster, 0) if max_per_cluster else limit
-        if cluster not in held and room > 0:
-            found += tx.run(
-                f"""select queue_key, incident_id from incidents i
-                    where status = 'PENDING' and cluster = :cluster and {_DUE}
-                    order by queue_key, incident_id limit :limit {tx.lock_free_rows}""",
-                cluster=cluster,
-                clock=microseconds(tx.now),
-                limit=min(room, limit),
-            )
-    picked = (find_incident(tx, incident_id) for _, incident_id in sorted(found)[:limit])
-    return [incident for incident in picked if incident is not None]
-
-
-def _pending_clusters(tx: Transaction) -> list[str]:
-    """Clusters with pending incidents, one probe of the index for each (a loose scan)."""
-    rows = tx.run("""
-        with recursive pending (cluster) as (
-            select min(cluster) from incidents where status = 'PENDING'
-            union all
-            select (select min(cluster) from incidents
-                     where status = 'PENDING' and cluster > pending.cluster)
-            from pending where cluster is not null
-        )
-        select cluster from pending where cluster is not null""")
-    return [row[0] for row in rows]
-
-
-def find_incident(tx: Transaction, incident_id: str) -> Incident | None:
-    rows = tx.run(f"{_SELECT_INCIDENT} where i.incident_id = :incident_id", incident_id=incident_id)
-    return _incident_from(rows[0]) if rows else None
-
-
-def new_incident(event: FaultEvent, now: datetime, queue_key: int | None) -> Incident:
-    """The incident of a new event; without a place in the queue it is SKIPPED."""
-    skipped = queue_key is None
-    return Incident(
-        event=event,
-        status=IncidentStatus.SKIPPED if skipped else IncidentStatus.PENDING,
-        queue_key=microseconds(now) if queue_key is None else queue_key,
-        created_at=event.received_at,
-        completed_at=now if skipped else None,
-    )
-
-
-def _held_clusters(tx: Transaction) -> frozenset[str | None]:
-    """Clusters whose work is not to be started; None stands for all of them."""
-    rows = tx.run("select cluster from holds where until is null or until > :now")
-    return frozenset(row[0] for row in rows)
-
-
-def _record_transitions(
-    tx: Transaction,
-    incidents: Sequence[Incident],
-    from_status: IncidentStatus,
-    reasons: Sequence[str],
-) -> None:
-    """Write down what the incidents have become. Their rows are locked: nobody else numbers.
-
-    The time is not that of the transaction, which may have begun before the last one ended.
-    """
-    rows = [
-        {
-            "incident_id": incident.incident_id,
-            "from_status": from_status,
-            "to_status": incident.status,
-            "worker_id": incident.claimed_by,
-            "reason": reason,
-        }
-        for incident, reason in zip(incidents, reasons, strict=True)
-    ]
-    tx.insert_numbered("incident_transitions", rows, "seq", "incident_id", "at")
-
-
-def _save_executions(tx: Transaction, executions: Sequence[AgentExecution]) -> None:
-    rows = [_params(execution, _EXECUTION_FIELDS) for execution in executions]
-    tx.insert("agent_executions", rows, _IF_EXECUTION_IS_THERE)
-
-
-def _save_reports(tx: Transaction, reports: Sequence[tuple[AgentExecution, TriageReport]]) -> None:
-    rows = [
-        _params(report, _REPORT_FIELDS)
-        | {"incident_id": execution.incident_id, "execution_id": execution.execution_id}
-        for execution, report in reports
-    ]
-    tx.insert("triage_reports", rows)
-
-
-def _has_event(tx: Transaction, incident: Incident) -> bool:
-    """Not if its delivery was stored before, under another id."""
-    return bool(tx.run("select 1 from fault_events where event_id = :id", id=incident.incident_id))
-
-
-def _incident_row(incident: Incident) -> dict[str, Any]:
-    """What is stored of a new incident."""
-    event = incident.event
-    return {
-        "incident_id": event.event_id,
-        "status": incident.status,
-        "queue_key": incident.queue_key,
-        "cluster": event.cluster,
-        "severity": event.severity,
-        "fault_type": event.fault_type,
-        "resource_kind": event.resource_kind,
-        "resource_namespace": event.resource_namespace,
-        "resource_name": event.resource_name,
-        "created_at": format_time(event.received_at),
-        "completed_at": _stored(incident.completed_at),
-    }
-
-
-_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-
-class _ListQueries:
-    """Looking things up."""
-
-    _database: Database
-
-    def get_incident(self, incident_id: str) -> Incident | None:
-        if not _ID.fullmatch(incident_id):
-            return None  # PostgreSQL would not even compare it
-        return self._database.read(lambda tx: find_incident(tx, incident_id))
-
-    def list_incidents(
-        self, wanted: IncidentFilter, *, cursor: str | None = None, limit: int = 50
-    ) -> IncidentPage:
-        """Newest first; pass a page's cursor to get the next."""
-        conditions, params = _conditions(wanted)
-        if cursor is not None:
-            conditions.append("i.incident_id < :cursor")
-            params["cursor"] = cursor
-        rows = self._database.read(
-            lambda tx: tx.run(
-                f"""{_SELECT_INCIDENT}
-                    where {" and ".join(["1 = 1", *conditions])}
-                    order by i.incident_id desc limit :limit""",
-                **params,
-                limit=limit + 1,
-            )
-        )
-        incidents = tuple(_incident_from(row) for row in rows[:limit])
-        return IncidentPage(
-            incidents=incidents, cursor=incidents[-1].incident_id if len(rows) > limit else None
-        )
-
-    def list_transitions(self, incident_id: str) -> list[Transition]:
-        tail = "from incident_transitions where incident_id = :id order by seq"
-        return _fetch(self._database, Transition, _TRANSITION_FIELDS, tail, id=incident_id)
-
-    def list_executions(self, incident_id: str) -> list[AgentExecution]:
-        tail = "from agent_executions where incident_id = :id order by attempt"
-        return _fetch(self._database, AgentExecution, _EXECUTION_FIELDS, tail, id=incident_id)
-
-    def open_executions(self, host: str) -> list[AgentExecution]:
-        """Executions on this host that nobody has closed."""
-        # An open execution belongs to a running incident: the condition keeps this to a few rows.
-        tail = """from agent_executions
-            where host = :host and completed_at is null and incident_id in
-                  (select incident_id from incidents where status = 'RUNNING')"""
-        return _fetch(self._database, AgentExecution, _EXECUTION_FIELDS, tail, host=host)
-
-    def get_report(self, incident_id: str) -> TriageReport | None:
-        """The newest report of an incident."""
-        tail = "from triage_reports where incident_id = :id order by report_id desc limit 1"
-        found = _fetch(self._database, TriageReport, _REPORT_FIELDS, tail, id=incident_id)
-        return found[0] if found else None
-
-
-# The condition of the partial index is repeated where it applies: without it the index is not used.
-_UNRESOLVED = TERMINAL - {IncidentStatus.RESOLVED}
-_FILTER_COLUMNS = (
-    "cluster",
-    "resource_kind",
-    "resource_namespace",
-    "resource_name",
-    "severity",
-    "fault_type",
-)
-
-
-def _status_in(statuses: Collection[IncidentStatus]) -> tuple[str, dict[str, str]]:
-    """A condition on `i.status`, and its parameters."""
-    names = {f"status_{number}": str(s) for number, s in enumerate(sorted(statuses))}
-    return f"i.status in ({', '.join(f':{name}' for name in names)})", names
-
-
-def _conditions(wanted: IncidentFilter) -> tuple[list[str], dict[str, Any]]:
-    """The filter as SQL conditions and their parameters."""
-    given = {name: getattr(wanted, name) for name in _FILTER_COLUMNS}
-    params = {name: str(value) for name, value in given.items() if value is not None}
-    conditions = [f"i.{name} = :{name}" for name in params]
-    if wanted.statuses:
-        condition, names = _status_in(wanted.statuses)
-        conditions.append(condition)
-        params |= names
-        if wanted.statuses <= _UNRESOLVED:
-            conditions.append("i.status in ('AGENT_FAILED', 'FAILED', 'SKIPPED')")
-        elif len(wanted.statuses) == 1:
-            conditions += [
-                f"i.status = '{status}'"
-                for status in (IncidentStatus.PENDING, IncidentStatus.RUNNING)
-                if status in wanted.statuses
-            ]
-    slack = timedelta(seconds=1)  # ids are made just after received_at is taken
-    if wanted.created_from is not None:
-        conditions += ["i.created_at >= :created_from", "i.incident_id >= :first_id"]
-        params["created_from"] = format_time(wanted.created_from)
-        params["first_id"] = id_floor(wanted.created_from - slack)
-    if wanted.created_before is not None:
-        conditions += ["i.created_at < :created_before", "i.incident_id < :last_id"]
-        params["created_before"] = format_time(wanted.created_before)
-        params["last_id"] = id_floor(wanted.created_before + slack)
-    return conditions, params
-
-
-class _ClusterQueries:
-    """Clusters, their gaps, and the workers that watch them."""
-
-    _database: Database
-    POLL: ClassVar[tuple[float, float]] = (0.25, 0.25)
-
-    def save_clusters(self, records: Sequence[ClusterRecord]) -> None:
-        """Store what is known of clusters, but not of one that another replica has taken over."""
-
-        def job(tx: Transaction) -> None:
-            now = format_time(tx.now)
-            rows = [{**_params(record, _CLUSTER_FIELDS), "updated_at": now} for record in ordered]
-            tx.insert("clusters", rows, _IF_CLUSTER_IS_THERE)
-
-        # in the same order everywhere: two that write the same rows cannot wait for each other
-        ordered = sorted(records, key=lambda record: record.cluster)
-        if ordered:
-            self._database.write(job)
-
-    def list_clusters(self) -> list[ClusterRecord]:
-        tail = "from clusters order by cluster"
-        return _fetch(self._database, ClusterRecord, _CLUSTER_FIELDS, tail)
-
-    def save_gaps(self, gaps: Sequence[ClusterGap]) -> None:
-        """Store gaps; a gap that is already stored (same cluster and start) is updated."""
-        # by their key, and each once: a statement can change a row only once
-        rows = {(gap.cluster, gap.lost_at): _params(gap, _GAP_FIELDS) for gap in gaps}
-        ordered = [rows[key] for key in sorted(rows)]
-
-        def job(tx: Transaction) -> None:
-            tx.insert("cluster_gaps", ordered, _IF_GAP_IS_THERE)
-            for row in (row for row in ordered if row["restored_at"]):
-                # Also one that a replica wrote before it heard that another had taken over.
-                tx.send(
-                    """update cluster_gaps set restored_at = :restored_at where cluster = :cluster
-                       and restored_at is null and lost_at < :restored_at""",
-                    cluster=row["cluster"],
-                    restored_at=row["restored_at"],
-                )
-
-        if ordered:
-            self._database.write(job)
-
-    def open_gaps(self) -> list[ClusterGap]:
-        """Gaps that have not ended."""
-        tail = "from cluster_gaps where restored_at is null"
-        return _fetch(self._database, ClusterGap, _GAP_FIELDS, tail)
-
-    def tell(self, topic: str) -> None:
-        """Let all who share the database know of something new; a hint that may get lost."""
-        self._database.notify(topic)
-
-    def listen(self, heard: Callable[[str], None]) -> None:
-        """Have `heard` called, from another thread, with the topics that others tell of."""
-        self._database.listen(heard)
-
-    def poll_interval(self) -> tuple[float, float]:
-        """Between how many and how many seconds to wait before looking for work again."""
-        return (2.0, 4.0) if self._database.hears else self.POLL
-
-    def save_worker(self, worker: WorkerRecord) -> None:
-        """Register a worker, or renew its heartbeat and state."""
-        self._database.write(lambda tx: _save_worker(tx, worker))
-
-
-WATCHES = "watches"  # the topic of notifications: who watches what, or should, has changed
-_LEASE_FIELDS = tuple(f.name for f in dataclasses.fields(WatchLease))
-_TURN_FIELDS = tuple(f.name for f in dataclasses.fields(ClusterTurn))
-# Somebody may have deleted the row of a cluster: then its epochs begin anew.
-_IF_TURN_IS_THERE = _on_conflict(
-    ("cluster", "lease_epoch"), ("owner", "connected_at", "updated_at", "ended_at")
-)
-_END_TURN = """
-    update cluster_watches set ended_at = coalesce(:ended_at, updated_at)
-    where cluster = :cluster and ended_at is null"""
-
-
-class _WatchQueries:
-    """Which replica watches which cluster: leases that are taken, renewed and given back."""
-
-    _database: Database
-
-    def register_clusters(self, records: Sequence[ClusterRecord]) -> None:
-        """Make the rows of clusters that have none, so that somebody can take them."""
-        rows = [_params(record, _CLUSTER_FIELDS) for record in records]
-
-        def job(tx: Transaction) -> None:
-            now = {"updated_at": format_time(tx.now)}
-            tx.insert("clusters", [row | now for row in rows], "on conflict do nothing")
-
-        self._database.write(job)
-
-    def watch_view(self, lease: timedelta) -> WatchView:
-        """Who watches, and what is watched. A replica is alive for a lease's time after a sign."""
-
-        def job(tx: Transaction) -> WatchView:
-            replicas = tx.run(
-                """select worker_id from workers
-                   where state = 'running' and role <> 'worker' and heartbeat_at > :since""",
-                since=format_time(tx.now - lease),
-            )
-            rows = tx.run(f"select {', '.join(_LEASE_FIELDS)} from clusters")
-            leases = (WatchLease(**_values(_LEASE_FIELDS, row)) for row in rows)
-            return WatchView(
-                now=tx.now, replicas=tuple(row[0] for row in replicas), leases=tuple(leases)
-            )
-
-        return self._database.read(job)
-
-    def acquire_clusters(
-        self, worker_id: str, wanted: Sequence[WatchLease], lease: timedelta
-    ) -> list[str]:
-        """Take the leases that are still as they were seen; returns the clusters that are ours.
-
-        A worker that has given everything back (leave_clusters) takes nothing any more.
-        """
-
-        def job(tx: Transaction) -> list[str]:
-            # Locked: this may still be under way in another thread when everything is given back.
-            statement = f"select state from workers i where worker_id = :worker_id {tx.lock_rows}"
-            if tx.run(statement, worker_id=worker_id) not in ([], [("running",)]):
-                return []
-            taken = [
-                seen
-                for seen in sorted(wanted, key=lambda seen: seen.cluster)
-                if tx.run(
-                    """update clusters
-                       set owner = :worker_id, lease_epoch = lease_epoch + 1,
-                           lease_expires_at = :until
-                       where cluster = :cluster and owner is not distinct from :owner
-                         and lease_epoch = :lease_epoch
-                         and lease_expires_at is not distinct from :lease_expires_at
-                       returning 1""",
-                    **_params(seen, _LEASE_FIELDS),
-                    worker_id=worker_id,
-                    until=format_time(tx.now + lease),
-                )
-            ]
-            for seen in taken:
-                # Who had it, and did not say when it stopped, was well at its last sign of life.
-                tx.run(_END_TURN, cluster=seen.cluster, ended_at=None)
-            now = format_time(tx.now)
-            mine = {"owner": worker_id, "updated_at": now}
-            rows = [{"cluster": s.cluster, "lease_epoch": s.lease_epoch + 1, **mine} for s in taken]
-            tx.insert("cluster_watches", rows, _IF_TURN_IS_THERE)
-            return [seen.cluster for seen in taken]
-
-        return self._database.write(job) if wanted else []
-
-    def renew_clusters(
-        self, worker: WorkerRecord, connected: Mapping[str, datetime], lease: timedelta
-    ) -> set[str]:
-        """Give a sign of life and extend every lease of a replica; returns what it still holds.
-
-        `connected` says since when it has had the streams of its clusters open.
-        """
-
-        def job(tx: Transaction) -> set[str]:
-            _save_worker(tx, worker)
-            now = format_time(tx.now)
-            held = tx.run(
-                # Without a watch there is no sign of its life: a gap begins at the last one.
-                """update clusters
-                   set lease_expires_at = :until,
-                       updated_at = case when exists (
-                           select 1 from cluster_watches w
-                           where w.cluster = clusters.cluster
-                             and w.lease_epoch = clusters.lease_epoch
-                             and w.connected_at is not null) then :now else updated_at end
-                   where owner = :worker_id returning cluster""",
-                worker_id=worker.worker_id,
-                until=format_time(tx.now + lease),
-                now=now,
-            )
-            unknown = tx.run(
-                """update cluster_watches set updated_at = :now
-                   where owner = :worker_id and ended_at is null
-                   returning cluster, lease_epoch, connected_at""",
-                worker_id=worker.worker_id,
-                now=now,
-            )
-            for cluster, epoch, connected_at in unknown:
-                if connected_at is None and cluster in connected:
-                    tx.run(
-                        """update cluster_watches set connected_at = :connected_at
-                           where cluster = :cluster and lease_epoch = :epoch""",
-                        connected_at=format_time(connected[cluster]),
-                        cluster=cluster,
-                        epoch=epoch,
-                    )
-            return {cluster for (cluster,) in held}
-
-        return self._database.write(job)
-
-    def release_clusters(self, worker: WorkerRecord, clusters: Iterable[str]) -> None:
-        """Give leases back, for others to take at once; tells the others."""
-
-        def job(tx: Transaction) -> None:
-            _save_worker(tx, worker)
-            for cluster in sorted(clusters):
-                released = tx.run(
-                    """update clusters set owner = null, lease_expires_at = null
-                       where cluster = :cluster and owner = :worker_id returning 1""",
-                    cluster=cluster,
-                    worker_id=worker.worker_id,
-                )
-                if released:
-                    tx.run(_END_TURN, cluster=cluster, ended_at=format_time(tx.now))
-
-        self._database.write(job)
-        self._database.notify(WATCHES)
-
-    def leave_clusters(self, worker: WorkerRecord) -> None:
-        """Give every lease back, also one that the worker has not heard of; tells the others."""
-
-        def job(tx: Transaction) -> None:
-            _save_worker(tx, worker)
-            _release_all(tx, worker.worker_id, format_time(tx.now))
-
-        self._database.write(job)
-        self._database.notify(WATCHES)
-
-    def bury_replicas(self, dead: Iterable[str]) -> None:
-        """Take the leases of replicas that are known to be dead, and count them no more.
-
-        Their clusters are free at once, their incidents with the next `release_expired`.
-        """
-
-        def job(tx: Transaction) -> None:
-            for worker_id in sorted(dead):
-                tx.run(
-                    "update workers set state = 'stopped' where worker_id = :worker_id",
-                    worker_id=worker_id,
-                )
-                # What it did not say itself: it was well at its last sign of life.
-                _release_all(tx, worker_id, None)
-                tx.run(
-                    """update incidents set lease_expires_at = :now
-                       where status = 'RUNNING' and claimed_by = :worker_id""",
-                    now=format_time(tx.now),
-                    worker_id=worker_id,
-                )
-
-        self._database.write(job)
-        self._database.notify(WATCHES)
-
-    def turns_of_others(
-        self, cluster: str, since: datetime, ours: Collection[str]
-    ) -> tuple[list[ClusterTurn], list[tuple[datetime, datetime]]]:
-        """What others watched of a cluster since a time, and from when until when its gaps were.
-
-        One that has not ended counts if the owner itself says so: another's may be left over.
-        """
-        tail = "where cluster = :cluster and (ended_at is null or ended_at > :since)"
-        moment = {"cluster": cluster, "since": format_time(since)}
-        turns = _fetch(
-            self._database, ClusterTurn, _TURN_FIELDS, f"from cluster_watches {tail}", **moment
-        )
-        tail = "from cluster_gaps where cluster = :cluster and restored_at > :since"
-        gaps = _fetch(self._database, ClusterGap, _GAP_FIELDS, tail, **moment)
-        others = [turn for turn in turns if turn.owner not in ours]
-        ended = [(gap.lost_at, gap.restored_at) for gap in gaps if gap.restored_at]
-        statement = """select stream_lost_at from clusters join cluster_watches w
-                       using (cluster, lease_epoch)
-                       where cluster = :cluster and w.connected_at <= stream_lost_at"""
-        rows = self._database.read(lambda tx: tx.run(statement, cluster=cluster))
-        for_ever = datetime.max.replace(tzinfo=UTC)
-        return others, ended + [(_value("stream_lost_at", lost), for_ever) for (lost,) in rows]
-
-    def live_workers(self, within: timedelta) -> list[str]:
-        """Workers of any role that gave a sign of life, and did not say good-bye, within a time."""
-
-        def job(tx: Transaction) -> list[str]:
-            rows = tx.run(
-                """select worker_id from workers
-                   where state <> 'stopped' and heartbeat_at > :since""",
-                since=format_time(tx.now - within),
-            )
-            return [row[0] for row in rows]
-
-        return self._database.read(job)
-
-
-def _release_all(tx: Transaction, worker_id: str, ended_at: str | None) -> None:
-    released = tx.run(
-        """update clusters set owner = null, lease_expires_at = null
-           where owner = :worker_id returning cluster""",
-        worker_id=worker_id,
-    )
-    for (cluster,) in sorted(released):
-        tx.run(_END_TURN, cluster=cluster, ended_at=ended_at)
-
-
-def _worker_row(worker: WorkerRecord, now: datetime) -> dict[str, Any]:
-    row = _params(worker, _WORKER_FIELDS)
-    return row | {"version": __version__, "heartbeat_at": format_time(now)}
-
-
-def _save_worker(tx: Transaction, worker: WorkerRecord) -> None:
-    tx.insert("workers", [_worker_row(worker, tx.now)], _IF_WORKER_IS_THERE)
-
-
-# The tables that hold an incident, parents first, and the column with its id.
-_INCIDENT_TABLES = {
-    "fault_events": "event_id",
-    "incidents": "incident_id",
-    "incident_transitions": "incident_id",
-    "agent_executions": "incident_id",
-    "triage_reports": "incident_id",
-    "notifications": "incident_id",
-}
-
-
-class _Housekeeping:
-    """Deleting what is old, copying what is there."""
-
-    _database: Database
-
-    def prune(
-        self, statuses: Collection[IncidentStatus], before: datetime, limit: int = 500
-    ) -> list[str]:
-        """Delete at most `limit` terminal incidents completed before a time; returns their ids."""
-        if not TERMINAL.issuperset(statuses):
-            raise StoreError("only incidents in a terminal status can be pruned")
-        condition, names = _status_in(statuses)
-
-        def job(tx: Transaction) -> list[str]:
-            rows = tx.run(
-                f"""select incident_id from incidents i
-                    where {condition}
-                      and incident_id < :last_id and completed_at < :before
-                    order by incident_id limit :limit""",
-                **names,
-                last_id=id_floor(before + timedelta(seconds=1)),
-                before=format_time(before),
-                limit=limit,
-            )
-            old = [incident_id for (incident_id,) in rows]
-            for table, key in reversed(_INCIDENT_TABLES.items()):
-                tx.delete(table, key, old)
-            return old
-
-        return self._database.write(job) if statuses else []
-
-    def backup(self, path: Path) -> None:
-        """Write a consistent copy to a path that must not exist."""
-        self._database.backup(path)
-
-    def close(self) -> None:
-        self._database.close()
-
-
-class StateStore(_IncidentQueries, _ListQueries, _ClusterQueries, _WatchQueries, _Housekeeping):
-    """Where events, incidents and what became of them are kept; incidents are the queue.
-
-    What differs between stores is their Database; the statements are these for all of them.
-    Methods are synchronous and may be called from any thread. What they wrote is durable when
-    they return. StoreUnavailable means that nothing was written and that trying again may work;
-    of CommitUnknown, a kind of it, only the second is certain.
-    """
-
-    shared_between_processes: ClassVar[bool] = True  # several processes may use it at once
-    shared_between_replicas: ClassVar[bool] = False  # on several hosts: clusters are leased
-    can_be_copied: ClassVar[bool] = True  # by `backup`
-    batches_are_atomic: ClassVar[bool] = True  # create_incidents stores all or nothing
-
-
-class SQLiteStore(StateStore):
-    """A StateStore in one SQLite file. Several processes on this host may share the file."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(SQLiteDatabase(path))
-
-
-class PostgresStore(StateStore):
-    """A StateStore on a PostgreSQL server, for any number of replicas on any hosts."""
-
-    POLL = (0.5, 1.0)
-    shared_between_replicas = True
-    can_be_copied = False
-
-    def __init__(self, server: PostgresSettings, name: str) -> None:
-        """`name` is what the server's list of connections shows (application_name)."""
-        database = PostgresDatabase(server, name)
-        try:
-            super().__init__(database)
-        except BaseException:
-            database.close()
-            raise
-
-
-def incident_document(incident: Incident) -> dict[str, Any]:
-    """An incident as `incident.json` shows it: keys and status words of the existing nightcrier."""
-    event = incident.event
-    words = {IncidentStatus.RUNNING: "investigating"}
-    return {
-        "incidentId": incident.incident_id,
-        "faultId": event.fault_fingerprint,
-        "triggeringEventId": event.fault_fingerprint,
-        "status": words.get(incident.status, incident.status.lower()),
-        "createdAt": _stored(incident.created_at),
-        "startedAt": _stored(incident.started_at),
-        "completedAt": _stored(incident.completed_at),
-        "exitCode": incident.exit_code,
-        "failureReason": incident.failure_reason,
-        "cluster": event.cluster,
-        "namespace": event.resource_namespace,
-        "resource": {
-            "apiVersion": event.resource_api_version,
-            "kind": event.resource_kind,
-            "namespace": event.resource_namespace,
-            "name": event.resource_name,
-            "uid": event.resource_uid,
-        },
-        "faultType": event.fault_type,
-        "severity": event.severity,
-        "context": event.context,
-        "timestamp": _stored(event.occurred_at),
-    }
-
-
-def _document_of(tx: Transaction, incident_id: str) -> dict[str, Any] | None:
-    incident = find_incident(tx, incident_id)
-    return None if incident is None else incident_document(incident)
-
-
-class FilesystemStore(StateStore):
-    """The earlier layout behind the same interface: a file `<root>/<id>/incident.json` each.
-
-    The files are read once, at the start; the queue and the claims are in memory. So one process
-    only may use it (a lock file refuses a second), what happens to several incidents at once is
-    not written all or nothing, and each event costs an fsync of its own. States of clusters and
-    workers are not kept. Use SQLite for anything that matters.
-    """
-
-    shared_between_processes: ClassVar[bool] = False
-    batches_are_atomic: ClassVar[bool] = False
-
-    def __init__(self, root: Path) -> None:
-        advice = "a filesystem store serves one process; use SQLite"
-        super().__init__(
-            MirroredDatabase(root, "incident.json", _INCIDENT_TABLES, _document_of, advice=advice)
-        )
 
 
 def migration_target(config: Config) -> SQLiteMigrationTarget | PostgresMigrationTarget:
@@ -2035,83 +503,9 @@ def open_store(config: Config, worker_id: str = "") -> StateStore:
     return SQLiteStore(config.sqlite)
 
 
-async def _on_thread(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    """What the host runs out of (threads, memory, locks) is as bad for a store as a full disk."""
-    try:
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
-    except (OSError, RuntimeError, MemoryError) as error:
-        raise StoreUnavailable(f"the database cannot be asked now: {error!r}") from error
-
-
-class AsyncStore:
-    """Calls a StateStore from async code, on a few threads of its own.
-
-    A call that has begun is carried out even if nobody waits for it any more.
-    """
-
-    def __init__(self, store: StateStore, threads: int = 8) -> None:
-        self.sync = store
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="store")
-
-    async def call(self, method: Callable[..., T], *args: Any, **options: Any) -> T:
-        return await _on_thread(self._threads, functools.partial(method, *args, **options))
-
-    def close(self) -> None:
-        self._threads.shutdown()
-        self.sync.close()
-
-
-class Spool:
-    """Events that were accepted while the database was away, in a file of this replica's own."""
-
-    def __init__(self, folder: Path, limit: int, worker: WorkerRecord) -> None:
-        """Open a file in `folder` for at most `limit` bytes; raises StoreUnavailable.
-
-        A file that a dead replica left is taken over: the workers that it names are dead.
-        """
-        owner = _worker_row(worker, utc_now())
-        self._rows = RowSpool(folder, limit, "fault_events", key="event_id", owner=owner)
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="spool")
-        self.predecessors = frozenset(str(row["worker_id"]) for row in self._rows.earlier_owners)
-        self.workers = self.predecessors | {worker.worker_id}
-        self.filled, self.emptied = asyncio.Event(), asyncio.Event()
-        self._look()
-
-    def __len__(self) -> int:
-        return self._rows.count
-
-    def _look(self) -> None:
-        now, no_more = self.filled, self.emptied
-        if not self._rows.count:
-            now, no_more = no_more, now
-        now.set()
-        no_more.clear()
-
-    async def _run(self, method: Callable[..., T], *args: Any) -> T:
-        result = await _on_thread(self._threads, functools.partial(method, *args))
-        self._look()
-        return result
-
-    async def add(self, events: Sequence[FaultEvent]) -> None:
-        """Make events durable; raises StoreUnavailable when the spool is full."""
-        await self._run(self._rows.add, [_params(event, _EVENT_FIELDS) for event in events])
-
-    async def oldest(self, limit: int, without: Collection[str]) -> list[FaultEvent]:
-        """The next events in their order, but none of some clusters."""
-        rows = await self._run(self._rows.oldest, limit, _EVENT_FIELDS, "cluster", without)
-        return [FaultEvent(**_values(_EVENT_FIELDS, row)) for row in rows]
-
-    async def remove(self, events: Sequence[FaultEvent]) -> None:
-        await self._run(self._rows.remove, [event.event_id for event in events])
-
-    def close(self) -> None:
-        self._threads.shutdown()
-        self._rows.close()
-
-
 # ============================================================================
-# 7. MCP client
-# Lives in mcp_client.py: it knows no incidents. Here is what it needs of the configuration.
+# 4. Cluster watch
+# Whatever a server sends, its stream goes on; whatever the store does, no event is dropped.
 # ============================================================================
 
 
@@ -2121,12 +515,6 @@ def mcp_endpoint(cluster: ClusterConfig) -> mcp_client.MCPEndpoint:
     if cluster.endpoint.startswith("https:"):
         tls = mcp_client.make_tls_context(None if cluster.ca_file is None else str(cluster.ca_file))
     return mcp_client.MCPEndpoint(url=cluster.endpoint, api_key=cluster.read_api_key, tls=tls)
-
-
-# ============================================================================
-# 8. Cluster watch
-# Whatever a server sends, its stream goes on; whatever the store does, no event is dropped.
-# ============================================================================
 
 
 def _weight(event: FaultEvent) -> int:
@@ -3023,7 +1411,7 @@ class Sharing:
 
 
 # ============================================================================
-# 9. Agent
+# 5. Agent
 # What the agent reads is data from outside, what it writes is untrusted, and it does not outlive
 # its limits, its lease or nightcrier. How programs are run, and each kind of agent, knows no
 # incidents: that lives in agent_process.py.
@@ -3222,7 +1610,7 @@ async def probe_version(config: Config) -> str | None:
 
 
 # ============================================================================
-# 10. Reports
+# 6. Reports
 # Reports are untrusted text. What people see first of one knows no incidents: reports.py reads it.
 # ============================================================================
 
@@ -3239,7 +1627,7 @@ def make_report(markdown: str) -> TriageReport:
 
 
 # ============================================================================
-# 11. Worker
+# 7. Worker
 # Claims what it can start, keeps its leases, and gives back what it cannot finish.
 # ============================================================================
 
@@ -3317,7 +1705,9 @@ def new_worker(role: Role) -> WorkerRecord:
     """This process, as it is registered in the database."""
     host, pid = socket.gethostname(), os.getpid()
     name = f"{host}-{pid}-{new_id()[-6:]}"
-    return WorkerRecord(worker_id=name, host=host, pid=pid, role=role, started_at=utc_now())
+    return WorkerRecord(
+        worker_id=name, host=host, pid=pid, role=role, version=__version__, started_at=utc_now()
+    )
 
 
 class Worker:
@@ -3693,7 +2083,7 @@ def _read_system_prompt(config: Config) -> str:
 
 
 # ============================================================================
-# 12. HTTP
+# 8. HTTP
 # What operators and their tools ask; the server is mcp_client.py's.
 # ============================================================================
 
@@ -3771,7 +2161,7 @@ def clusters_document(records: Iterable[ClusterRecord]) -> dict[str, Any]:
 
 
 # ============================================================================
-# 13. Demo
+# 9. Demo
 # A simulated cluster and a stub agent (demo_script.py); everything between them is the real thing.
 # ============================================================================
 
@@ -3794,7 +2184,7 @@ def demo_table(incidents: Iterable[tuple[Incident, str | None]]) -> str:
 
 
 # ============================================================================
-# 14. Daemon and command line
+# 10. Daemon and command line
 # stdout is for results, stderr for the log; every way to end has its exit code.
 # ============================================================================
 

@@ -11,7 +11,8 @@
 9. PostgreSQL connections: where the server is, TLS, and what its errors mean.
 10. PostgreSQL: a pool of connections, wake-ups by LISTEN and NOTIFY, migrations.
 
-nightcrier.py uses this module for its sections 5 and 6; it imports nothing from there.
+state_store.py puts its statements and stores on top of this module, and nightcrier.py opens them;
+it imports nothing from there.
 """
 
 from __future__ import annotations

@@ -20,7 +20,16 @@ import pytest
 
 import nightcrier
 import sql_database
-from nightcrier import AgentExecution, Completion, FaultEvent, Incident, TriageReport
+import state_store
+from incidents import (
+    AgentExecution,
+    Completion,
+    FaultEvent,
+    Incident,
+    Outcome,
+    Severity,
+    TriageReport,
+)
 from postgres_servers import debian_postgres, own_postgres, postgres_dsn  # noqa: F401
 
 NOON = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
@@ -32,10 +41,10 @@ EXPIRED = timedelta(0)  # a lease that has run out as soon as it is given
 def an_event(cluster: str = "prod", **fields: Any) -> FaultEvent:
     """A fault that has just arrived."""
     values: dict[str, Any] = {
-        "event_id": nightcrier.new_id(),
-        "received_at": nightcrier.utc_now(),
+        "event_id": sql_database.new_id(),
+        "received_at": sql_database.utc_now(),
         "fault_type": "CrashLoop",
-        "severity": nightcrier.Severity.CRITICAL,
+        "severity": Severity.CRITICAL,
         "resource_kind": "Pod",
         "resource_namespace": "default",
         "resource_name": "web-1",
@@ -46,7 +55,7 @@ def an_event(cluster: str = "prod", **fields: Any) -> FaultEvent:
 
 def an_event_at(moment: datetime, cluster: str = "prod", **fields: Any) -> FaultEvent:
     """A fault that arrived at a time: its id says so, too."""
-    event_id = nightcrier.id_floor(moment)[:14] + "7" + secrets.token_hex(2)[1:]
+    event_id = sql_database.id_floor(moment)[:14] + "7" + secrets.token_hex(2)[1:]
     event_id += "-8" + secrets.token_hex(2)[1:] + "-" + secrets.token_hex(6)
     return an_event(cluster, event_id=event_id, received_at=moment, **fields)
 
@@ -58,7 +67,7 @@ def events_of(cluster: str, count: int, **fields: Any) -> list[FaultEvent]:
 def an_execution(incident: Incident, **fields: Any) -> AgentExecution:
     """The agent of a claimed incident, running."""
     values: dict[str, Any] = {
-        "execution_id": nightcrier.new_id(),
+        "execution_id": sql_database.new_id(),
         "incident_id": incident.incident_id,
         "attempt": incident.attempt,
         "cluster": incident.cluster,
@@ -66,25 +75,25 @@ def an_execution(incident: Incident, **fields: Any) -> AgentExecution:
         "host": "night-host",
         "runtime": "host",
         "agent": "stub",
-        "started_at": nightcrier.utc_now(),
+        "started_at": sql_database.utc_now(),
     }
     return AgentExecution(**{**values, **fields})
 
 
 def finished(
     execution: AgentExecution,
-    outcome: nightcrier.Outcome = nightcrier.Outcome.SUCCEEDED,
+    outcome: Outcome = Outcome.SUCCEEDED,
     **fields: Any,
 ) -> AgentExecution:
     return dataclasses.replace(
-        execution, **{"completed_at": nightcrier.utc_now(), "outcome": outcome, **fields}
+        execution, **{"completed_at": sql_database.utc_now(), "outcome": outcome, **fields}
     )
 
 
 def a_report(**fields: Any) -> TriageReport:
     values: dict[str, Any] = {
-        "report_id": nightcrier.new_id(),
-        "generated_at": nightcrier.utc_now(),
+        "report_id": sql_database.new_id(),
+        "generated_at": sql_database.utc_now(),
         "report_markdown": "# Report\n\nThe disk is full.\n",
         "root_cause": "The disk is full.",
         "confidence": "HIGH",
@@ -109,8 +118,8 @@ def an_incident(event: FaultEvent | None = None, **fields: Any) -> Incident:
         "event": event or an_event(),
         "status": nightcrier.IncidentStatus.RUNNING,
         "queue_key": 0,
-        "created_at": nightcrier.utc_now(),
-        "started_at": nightcrier.utc_now(),
+        "created_at": sql_database.utc_now(),
+        "started_at": sql_database.utc_now(),
         "attempt": 1,
         "attempts_charged": 1,
         "claimed_by": "w1",
@@ -149,7 +158,7 @@ def is_running(pid: int) -> bool:
 def agent_failed(incident: Incident, **fields: Any) -> Completion:
     values: dict[str, Any] = {
         "status": nightcrier.IncidentStatus.AGENT_FAILED,
-        "execution": finished(an_execution(incident), nightcrier.Outcome.FAILED, exit_code=2),
+        "execution": finished(an_execution(incident), Outcome.FAILED, exit_code=2),
         "exit_code": 2,
         "failure_reason": "agent exited with non-zero code: 2",
     }
@@ -179,7 +188,7 @@ def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
     return results
 
 
-def sqlite_store(path: Path | str) -> nightcrier.SQLiteStore:
+def sqlite_store(path: Path | str) -> state_store.SQLiteStore:
     """A SQLite store, made and migrated as the program does it."""
     path = Path(path)
     target = sql_database.SQLiteMigrationTarget(path)
@@ -187,7 +196,7 @@ def sqlite_store(path: Path | str) -> nightcrier.SQLiteStore:
         sql_database.migrate_up(target, sql_database.load_migrations("sqlite"), applied_by="test")
     finally:
         target.close()
-    return nightcrier.SQLiteStore(path)
+    return state_store.SQLiteStore(path)
 
 
 @contextlib.contextmanager
@@ -206,13 +215,13 @@ def a_schema(server: str) -> Iterator[str]:
         driver.close()
 
 
-def postgres_store(dsn: str, name: str = "tests") -> nightcrier.PostgresStore:
+def postgres_store(dsn: str, name: str = "tests") -> state_store.PostgresStore:
     """A PostgreSQL store, migrated as the program does it."""
     server = sql_database.parse_dsn(dsn, os.environ)
     with contextlib.closing(sql_database.PostgresMigrationTarget(server, name)) as target:
         migrations = sql_database.load_migrations("postgres")
         sql_database.migrate_up(target, migrations, applied_by="test")
-    return nightcrier.PostgresStore(server, name)
+    return state_store.PostgresStore(server, name)
 
 
 class Opener:
@@ -238,7 +247,7 @@ class Opener:
         elif self.kind == "postgres":
             store = postgres_store(self.argument)
         else:
-            store = nightcrier.FilesystemStore(self.place)
+            store = state_store.FilesystemStore(self.place)
         self._opened.append(store)
         return store
 
@@ -271,7 +280,7 @@ def store(open_again: Opener) -> Any:
 
 
 @pytest.fixture
-def sqlite(tmp_path: Path) -> Iterator[nightcrier.SQLiteStore]:
+def sqlite(tmp_path: Path) -> Iterator[state_store.SQLiteStore]:
     opener = Opener("sqlite", tmp_path)
     yield opener()
     opener.close_all()

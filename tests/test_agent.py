@@ -28,11 +28,14 @@ from typing import Any
 import pytest
 
 import agent_process
+import incidents
 import nightcrier
+import sql_database
 from agent_process import Program, ProgramEnd, SupervisedProcess, Supervisor, Usage
 from conftest import a_config, an_event, an_execution, an_incident, is_running, wait_until
+from incidents import IncidentStatus, Outcome
 from logs import Redactor
-from nightcrier import Config, IncidentStatus, Outcome
+from nightcrier import Config
 from reports import read_headline
 
 ROOT = Path(__file__).parents[1]
@@ -509,10 +512,10 @@ def test_an_error_while_the_start_is_recorded_kills_the_agent(tmp_path: Path) ->
 
     async def fail(process: SupervisedProcess) -> None:
         processes.append(process)
-        raise nightcrier.LeaseLost("x", 1)
+        raise incidents.LeaseLost("x", 1)
 
     async def work(runner: Runner) -> None:
-        with pytest.raises(nightcrier.LeaseLost):
+        with pytest.raises(incidents.LeaseLost):
             await runner.run(runner.program(sh("sleep 1000")), fail)
         assert processes[0].exit_code.result() == -signal.SIGKILL
 
@@ -726,7 +729,7 @@ def test_the_start_of_a_process_is_known_to_a_second() -> None:
     try:
         started = agent_process.process_start_time(process.pid)
         assert started is not None
-        assert abs(started - nightcrier.utc_now()) < timedelta(seconds=20)
+        assert abs(started - sql_database.utc_now()) < timedelta(seconds=20)
     finally:
         process.kill()
         process.wait()

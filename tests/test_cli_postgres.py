@@ -11,7 +11,8 @@ import pytest
 
 from conftest import a_schema, postgres_store, query
 from fake_mcp import a_fault
-from nightcrier import Role, new_worker
+from incidents import Role
+from nightcrier import new_worker
 from postgres_servers import DebianPostgres
 from running_program import Clusters, an_agent, nightcrier
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import incidents
 import nightcrier
 from nightcrier import OPTIONS, Config, ConfigError
 from settings import Option
@@ -55,8 +56,8 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "postgres_dsn": ("postgresql://u@h/d", "postgresql://u@h/d"),
     "spool_limit": ("2000000", 2_000_000),
     "state_store": ("filesystem", "filesystem"),
-    "role": ("worker", nightcrier.Role.WORKER),
-    "subscribe_mode": ("events", nightcrier.SubscribeMode.EVENTS),
+    "role": ("worker", incidents.Role.WORKER),
+    "subscribe_mode": ("events", incidents.SubscribeMode.EVENTS),
     "agent_cli": ("command", "command"),
     "log_level": ("debug", "debug"),
     "log_format": ("json", "json"),

@@ -13,20 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import nightcrier
+import incidents
+import mcp_client
 import sql_database
+import state_store
 from conftest import MINUTE, NOON, an_event, events_of, in_threads
 from fair_queue import QueueLanes
-from nightcrier import QUEUE_DELAYS, MalformedEvent, Severity, SubscribeMode
-from nightcrier import IncidentStatus as S
+from incidents import QUEUE_DELAYS, MalformedEvent, Severity, SubscribeMode
+from incidents import IncidentStatus as S
 
 # --- identifiers ------------------------------------------------------------------------------
 
 
 def test_ids_are_version_7_uuids_as_rfc_9562_lays_them_out() -> None:
-    before = nightcrier.utc_now()
-    text = nightcrier.new_id()
-    after = nightcrier.utc_now()
+    before = sql_database.utc_now()
+    text = sql_database.new_id()
+    after = sql_database.utc_now()
 
     assert re.fullmatch(
         r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", text
@@ -39,7 +41,7 @@ def test_ids_are_version_7_uuids_as_rfc_9562_lays_them_out() -> None:
 
 
 def test_ids_only_grow_and_never_repeat_in_many_threads() -> None:
-    batches = in_threads(8, lambda _: [nightcrier.new_id() for _ in range(2000)])
+    batches = in_threads(8, lambda _: [sql_database.new_id() for _ in range(2000)])
 
     assert all(batch == sorted(batch) for batch in batches)
     assert len({text for batch in batches for text in batch}) == 8 * 2000
@@ -59,12 +61,12 @@ def test_ids_grow_although_the_clock_stands_still_or_goes_back(
 
 
 def test_the_floor_of_a_time_is_below_every_id_of_that_time_and_above_those_before() -> None:
-    text = nightcrier.new_id()
+    text = sql_database.new_id()
     moment = datetime.fromtimestamp((uuid.UUID(text).int >> 80) / 1000, UTC)
 
-    assert nightcrier.id_floor(moment) < text
-    assert nightcrier.id_floor(moment + timedelta(milliseconds=2)) > text
-    assert nightcrier.id_floor(datetime(1969, 1, 1, tzinfo=UTC)).startswith("00000000-0000-")
+    assert sql_database.id_floor(moment) < text
+    assert sql_database.id_floor(moment + timedelta(milliseconds=2)) > text
+    assert sql_database.id_floor(datetime(1969, 1, 1, tzinfo=UTC)).startswith("00000000-0000-")
 
 
 # --- times ------------------------------------------------------------------------------------
@@ -78,16 +80,16 @@ def test_a_formatted_time_is_read_back_as_the_same_time(moment: datetime) -> Non
         utc = moment.astimezone(UTC)
     except OverflowError:
         return
-    text = nightcrier.format_time(moment)
+    text = sql_database.format_time(moment)
 
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", text)
-    assert nightcrier.parse_time(text) == utc
+    assert sql_database.parse_time(text) == utc
 
 
 @given(TIMES, TIMES)
 def test_formatted_times_sort_as_times(one: datetime, other: datetime) -> None:
     try:
-        texts = nightcrier.format_time(one), nightcrier.format_time(other)
+        texts = sql_database.format_time(one), sql_database.format_time(other)
     except OverflowError:
         return
     assert (texts[0] < texts[1]) == (one < other)
@@ -111,7 +113,7 @@ def test_formatted_times_sort_as_times(one: datetime, other: datetime) -> None:
 def test_times_are_read_with_any_offset_and_what_is_none_is_none(
     text: str, expected: datetime | None
 ) -> None:
-    assert nightcrier.parse_time(text) == expected
+    assert sql_database.parse_time(text) == expected
 
 
 # --- text from outside ------------------------------------------------------------------------
@@ -119,12 +121,12 @@ def test_times_are_read_with_any_offset_and_what_is_none_is_none(
 
 @given(st.text(alphabet=st.characters(), max_size=50))
 def test_clean_text_is_storable_and_cleaning_twice_changes_nothing(text: str) -> None:
-    cleaned = nightcrier.clean_text(text)
+    cleaned = sql_database.clean_text(text)
 
     cleaned.encode("utf-8")
     assert "\x00" not in cleaned
     assert len(cleaned) == len(text)
-    assert nightcrier.clean_text(cleaned) == cleaned
+    assert sql_database.clean_text(cleaned) == cleaned
 
 
 # --- reading a fault --------------------------------------------------------------------------
@@ -162,7 +164,7 @@ KUBERNETES_EVENT: dict[str, Any] = {
 
 
 def parse(data: object, mode: SubscribeMode = SubscribeMode.FAULTS, **fields: Any) -> Any:
-    return nightcrier.parse_event(data, mode=mode, cluster="prod", received_at=NOON, **fields)
+    return incidents.parse_event(data, mode=mode, cluster="prod", received_at=NOON, **fields)
 
 
 def test_a_fault_is_read_as_the_server_sends_it() -> None:
@@ -242,7 +244,7 @@ def test_nul_and_lone_surrogates_become_replacement_characters_everywhere() -> N
         session_id=hostile,
     )
 
-    texts = [getattr(event, name) for name in nightcrier._EVENT_FIELDS]
+    texts = [getattr(event, name) for name in state_store.EVENT_FIELDS]
     for text in filter(lambda value: isinstance(value, str), texts):
         text.encode("utf-8")
         assert "\x00" not in text
@@ -266,7 +268,7 @@ def test_names_are_bounded_and_context_and_payload_are_kept_whole() -> None:
     context = "x" * 1_000_000
     event = parse({**FAULT, "faultType": "T" * 10_000, "context": context})
 
-    assert len(event.fault_type) == nightcrier.NAME_LIMIT
+    assert len(event.fault_type) == incidents.NAME_LIMIT
     assert event.context == context
     assert len(event.payload) > 1_000_000
 
@@ -336,16 +338,16 @@ def test_whatever_a_server_sends_is_an_event_or_malformed(data: object, mode: An
         return
     assert event.fault_type
     assert isinstance(json.loads(event.payload), dict)
-    for name in nightcrier._EVENT_FIELDS:
+    for name in state_store.EVENT_FIELDS:
         if isinstance(value := getattr(event, name), str):
-            assert nightcrier.clean_text(value) == value
+            assert sql_database.clean_text(value) == value
 
 
 # --- the states -------------------------------------------------------------------------------
 
 
 def test_the_ways_between_states_are_those_of_the_design() -> None:
-    assert {state: set(ways) for state, ways in nightcrier.TRANSITIONS.items()} == {
+    assert {state: set(ways) for state, ways in incidents.TRANSITIONS.items()} == {
         S.PENDING: {S.RUNNING},
         S.RUNNING: {S.RESOLVED, S.AGENT_FAILED, S.FAILED, S.PENDING},
         S.RESOLVED: set(),
@@ -353,8 +355,8 @@ def test_the_ways_between_states_are_those_of_the_design() -> None:
         S.FAILED: set(),
         S.SKIPPED: set(),
     }
-    assert {S.RESOLVED, S.AGENT_FAILED, S.FAILED, S.SKIPPED} == nightcrier.TERMINAL
-    assert set(S) == set(nightcrier.TRANSITIONS)
+    assert {S.RESOLVED, S.AGENT_FAILED, S.FAILED, S.SKIPPED} == incidents.TERMINAL
+    assert set(S) == set(incidents.TRANSITIONS)
 
 
 # --- backoff ----------------------------------------------------------------------------------
@@ -364,13 +366,13 @@ def test_the_ways_between_states_are_those_of_the_design() -> None:
 def test_backoff_stays_between_its_base_and_its_growing_bound(
     failures: int, base: float, ceiling: float
 ) -> None:
-    wait = nightcrier.backoff(failures, base=base, ceiling=ceiling)
+    wait = mcp_client.backoff(failures, base=base, ceiling=ceiling)
 
     assert base <= wait <= min(ceiling, base * 2.0 ** min(failures, 1000)) + 1e-9
 
 
 def test_backoff_differs_between_clients() -> None:
-    assert len({nightcrier.backoff(6) for _ in range(50)}) > 40
+    assert len({mcp_client.backoff(6) for _ in range(50)}) > 40
 
 
 # --- the order of claims ----------------------------------------------------------------------
@@ -386,8 +388,8 @@ class Queue:
 
     def add(self, *events: Any) -> None:
         keys = self.lanes.assign(
-            [nightcrier.lane_of(event) for event in events],
-            now=nightcrier.microseconds(self.now),
+            [incidents.lane_of(event) for event in events],
+            now=incidents.microseconds(self.now),
             head=min(self.pending)[0] if self.pending else None,
             newest_pending=self.newest,
         )
@@ -495,7 +497,7 @@ def test_everything_starts_afresh_when_the_queue_is_empty() -> None:
     queue.claim(10_000)
     queue.add(an_event("noisy"))
 
-    assert queue.pending[0][0] == nightcrier.microseconds(queue.now)
+    assert queue.pending[0][0] == incidents.microseconds(queue.now)
 
 
 def test_lanes_may_be_cleared_by_another_thread_at_any_moment() -> None:
@@ -546,7 +548,7 @@ def test_whatever_arrives_keys_are_unique_in_their_lane_grow_and_respect_the_ove
         queue.now += minutes * MINUTE
         events = [an_event(cluster, severity=severity) for cluster, severity in arrivals]
         queue.add(*events)
-        floor = nightcrier.microseconds(queue.now) - 15 * 60_000_000
+        floor = incidents.microseconds(queue.now) - 15 * 60_000_000
         added = {event.event_id for event in events}
         newest = {}
         for key, event_id, event in queue.pending:

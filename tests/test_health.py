@@ -13,8 +13,9 @@ import pytest
 import nightcrier
 from conftest import NOON
 from fake_mcp import run
+from incidents import ClusterRecord, ConnectionState
 from logs import Redactor
-from nightcrier import ClusterRecord, ConnectionState, HealthServer
+from nightcrier import HealthServer
 from running_program import get
 
 ALPHA = ClusterRecord(

@@ -1,4 +1,4 @@
-"""The laws that keep one module readable: direction, privacy, size, and SQL."""
+"""The laws that keep the modules readable: direction, privacy, size, and SQL."""
 
 from __future__ import annotations
 
@@ -12,11 +12,21 @@ import pytest
 import nightcrier
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "nightcrier.py"
-BESIDE = sorted(path for path in ROOT.glob("*.py") if path != SOURCE)
 BANNER = re.compile(r"^# (\d+)\. (.+)$", re.MULTILINE)
 
-MODULES = pytest.mark.parametrize("path", [SOURCE, *BESIDE], ids=lambda path: path.name)
+# From bottom to top. A module may import those of the layers below its own, and none of its own.
+LAYERS = (
+    (  # these know no incidents
+        *("settings", "older_config", "logs", "sql_database", "fair_queue", "watch_leases"),
+        *("mcp_client", "agent_process", "reports", "demo_script"),
+    ),
+    ("incidents",),
+    ("state_store",),
+    ("nightcrier",),
+)
+NAMES = [name for layer in LAYERS for name in layer]
+
+MODULES = pytest.mark.parametrize("path", [ROOT / f"{name}.py" for name in NAMES], ids=NAMES)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -50,13 +60,18 @@ def violations(text: str) -> list[str]:
     return found
 
 
-def test_sections_are_numbered_in_order_and_named_as_the_top_of_the_file_names_them() -> None:
-    text = SOURCE.read_text()
+@MODULES
+def test_sections_are_numbered_in_order_and_named_as_the_top_of_the_file_names_them(
+    path: Path,
+) -> None:
+    text = path.read_text()
     sections = [(int(m[1]), m[2]) for m in BANNER.finditer(text)]
 
     assert [number for number, _ in sections] == list(range(1, len(sections) + 1))
+    top = str(ast.get_docstring(ast.parse(text)))
     for number, name in sections:
-        assert re.search(rf"\b{number} {re.escape(name)}", str(nightcrier.__doc__)), name
+        line = rf"\b{number}\.? (\w+ ){{0,2}}{re.escape(name)}"  # 2. A small HTTP server
+        assert re.search(line, top, re.IGNORECASE), name
 
 
 @MODULES
@@ -102,30 +117,56 @@ def test_every_exported_name_is_there() -> None:
     assert len(set(exported)) == len(exported)
 
 
-@pytest.mark.parametrize("path", BESIDE, ids=lambda path: path.name)
-def test_the_modules_beside_nightcrier_know_nothing_of_it_nor_of_each_other(path: Path) -> None:
-    imported = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported_modules(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            imported |= {alias.name.partition(".")[0] for alias in node.names}
+            yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            imported.add(str(node.module).partition(".")[0])
-    assert imported & {module.stem for module in (SOURCE, *BESIDE)} == set()
+            yield str(node.module).partition(".")[0]
 
 
-def test_private_names_stay_in_their_module() -> None:
-    beside = {path.stem for path in BESIDE}
-    found = []
-    for node in ast.walk(ast.parse(SOURCE.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module in beside:
-            names = [alias.name for alias in node.names]
+def breaches(name: str, text: str) -> list[str]:
+    """Imports of modules that are not below a module, and uses of what is private to others."""
+    [own] = [number for number, layer in enumerate(LAYERS) if name in layer]
+    below = {module for layer in LAYERS[:own] for module in layer}
+    others = set(NAMES) - {name}
+    tree = ast.parse(text)
+    found = [
+        f"{module} is not below" for module in imported_modules(tree) if module in others - below
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in others:
+            used = [alias.name for alias in node.names]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            names = [node.attr] if node.value.id in beside else []
+            used = [node.attr] if node.value.id in others else []
         else:
             continue
-        found += [f"line {node.lineno}: {name}" for name in names if name.startswith("_")]
-    assert found == []
+        found += [f"{private} is private" for private in used if private.startswith("_")]
+    return found
+
+
+@MODULES
+def test_modules_import_only_modules_below_them_and_private_names_stay_in_theirs(
+    path: Path,
+) -> None:
+    assert breaches(path.stem, path.read_text()) == []
+
+
+def test_the_check_of_the_modules_finds_what_it_is_there_for() -> None:
+    planted = (
+        "import logs\nfrom sql_database import utc_now, _ALPHABET\n"
+        "def f():\n    import nightcrier\n    return logs._format\n"
+    )
+    private = ["_ALPHABET is private", "_format is private"]
+    assert breaches("state_store", planted) == ["nightcrier is not below", *private]
+    assert breaches("incidents", "import incidents, state_store") == ["state_store is not below"]
+    assert breaches("settings", "import logs") == ["logs is not below"]
+
+
+def test_every_module_has_its_layer_and_its_line_in_the_readme() -> None:
+    assert sorted(NAMES) == sorted(path.stem for path in ROOT.glob("*.py"))
+    assert re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "README.md").read_text(), re.M) == NAMES
 
 
 @MODULES

@@ -15,8 +15,9 @@ from typing import Any
 import apsw
 import pytest
 
-import nightcrier
+import incidents
 import sql_database
+import state_store
 from conftest import (
     a_report,
     agent_failed,
@@ -146,7 +147,7 @@ def test_what_was_applied_is_recorded_with_its_checksum_and_who_did_it(target: A
     assert (applied.version, applied.name) == (1, KNOWN[0].name)
     assert applied.checksum == KNOWN[0].checksum
     assert applied.applied_by == "test"
-    assert nightcrier.parse_time(applied.applied_at)
+    assert sql_database.parse_time(applied.applied_at)
     assert str(applied) == str(KNOWN[0])
 
 
@@ -272,7 +273,7 @@ def test_a_database_that_holds_something_is_copied_before_it_is_migrated(
     target: Any, path: Path
 ) -> None:
     up(target)
-    store = nightcrier.SQLiteStore(path)
+    store = state_store.SQLiteStore(path)
     store.create_incidents([event := an_event()])
     store.close()
 
@@ -321,7 +322,7 @@ def test_a_copy_that_cannot_be_written_stops_the_migration(
 STARTER = """
 import sys
 from pathlib import Path
-import nightcrier, sql_database
+import sql_database, state_store
 
 print("ready", flush=True)
 sys.stdin.readline()
@@ -329,7 +330,7 @@ target = sql_database.SQLiteMigrationTarget(Path(sys.argv[1]))
 known = sql_database.load_migrations("sqlite")
 done = sql_database.migrate_up(target, known, applied_by="one of many")
 target.close()
-store = nightcrier.SQLiteStore(Path(sys.argv[1]))
+store = state_store.SQLiteStore(Path(sys.argv[1]))
 assert not store.has_pending()
 store.close()
 print(len(done))
@@ -426,10 +427,10 @@ def lived_in(path: Path) -> Path:
     store.complete_incident(done := claim_one(store), resolved(done, report=a_report()))
     store.complete_incident(failed := claim_one(store), agent_failed(failed))
     store.start_execution(an_execution(claim_one(store)))
-    store.save_clusters([nightcrier.ClusterRecord(cluster="a", endpoint="http://a/mcp")])
-    now = nightcrier.utc_now()
+    store.save_clusters([incidents.ClusterRecord(cluster="a", endpoint="http://a/mcp")])
+    now = sql_database.utc_now()
     store.save_gaps(
-        [nightcrier.ClusterGap(cluster="a", lost_at=now, restored_at=now, reason="test")]
+        [incidents.ClusterGap(cluster="a", lost_at=now, restored_at=now, reason="test")]
     )
     assert all(dump(store)[table] for table in ("incidents", "triage_reports", "cluster_gaps"))
     store.close()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import logs
 import nightcrier
+import sql_database
 
 TEXT, JSON = "text", "json"
 
@@ -50,7 +51,7 @@ def test_text_is_for_people_and_json_for_machines() -> None:
     text = line_of(TEXT, "lost %s", "a", cluster="prod", nothing=None)
     assert text[8:] == " WARNING lost a  cluster=prod"
     entry = json.loads(line_of(JSON, "lost %s", "a", cluster="prod", nothing=None))
-    assert nightcrier.parse_time(entry.pop("time"))
+    assert sql_database.parse_time(entry.pop("time"))
     assert entry == {"level": "warning", "message": "lost a", "cluster": "prod"}
 
 

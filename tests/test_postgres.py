@@ -17,8 +17,9 @@ from typing import Any
 import pg8000.exceptions
 import pytest
 
-import nightcrier
+import incidents
 import sql_database
+import state_store
 from conftest import (
     LEASE,
     a_schema,
@@ -35,10 +36,11 @@ from conftest import (
     resolved,
     wait_until,
 )
-from nightcrier import IncidentFilter, PostgresStore
-from nightcrier import IncidentStatus as S
+from incidents import IncidentFilter
+from incidents import IncidentStatus as S
 from postgres_servers import PostgresServer, Proxy, free_port, pgbouncer
 from sql_database import CommitUnknown, RowRefused, StoreError, StoreUnavailable
+from state_store import PostgresStore
 
 
 @pytest.fixture
@@ -179,10 +181,10 @@ def test_a_server_that_ends_a_session_before_a_commit_leaves_no_doubt_about_it(
 
 
 def a_hold(**fields: Any) -> dict[str, Any]:
-    now = nightcrier.format_time(nightcrier.utc_now())
+    now = sql_database.format_time(sql_database.utc_now())
     return {
-        "hold_id": nightcrier.new_id(), "scope": "s", "cluster": None, "reason": "r", "since": now,
-        "until": None, **fields,
+        "hold_id": sql_database.new_id(), "scope": "s", "cluster": None, "reason": "r",
+        "since": now, "until": None, **fields,
     }  # fmt: skip
 
 
@@ -238,12 +240,12 @@ def test_an_execution_that_begins_while_its_lease_is_taken_back_is_not_left_open
     def start() -> None:
         try:
             own_store.start_execution(an_execution(claimed))
-        except nightcrier.LeaseLost as error:
+        except incidents.LeaseLost as error:
             refused.append(error)
 
     def take_back(tx: Any) -> None:
-        end = nightcrier._End(claimed, S.PENDING, "its lease ran out")
-        nightcrier._leave_running(tx, [end])
+        end = state_store._End(claimed, S.PENDING, "its lease ran out")
+        state_store._leave_running(tx, [end])
         tx.run("select 1")  # what was sent is done now
         starting.start()
         wait_until(lambda: not starting.is_alive() or own_postgres.run(waiting)[0][0])
@@ -260,7 +262,7 @@ def test_a_claim_that_began_before_a_release_is_recorded_as_later(store: Postgre
     """Both times are the server's, and the claim sees what was released after it had begun."""
     store.create_incidents([an_event()])
     claimed = claim_one(store)
-    held = nightcrier._held_clusters
+    held = state_store._held_clusters
 
     def release_first(tx: Any) -> Any:
         assert tx.now
@@ -268,14 +270,14 @@ def test_a_claim_that_began_before_a_release_is_recorded_as_later(store: Postgre
         return held(tx)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nightcrier, "_held_clusters", release_first)
+        patch.setattr(state_store, "_held_clusters", release_first)
         assert claim_one(store).attempt == 2
     times = [transition.at for transition in store.list_transitions(claimed.incident_id)]
     assert times == sorted(times)
 
 
 def test_a_cluster_whose_row_somebody_deleted_is_watched_again(store: PostgresStore) -> None:
-    record = nightcrier.ClusterRecord(cluster="prod", endpoint="http://prod/mcp")
+    record = incidents.ClusterRecord(cluster="prod", endpoint="http://prod/mcp")
     for _ in range(2):
         store.register_clusters([record])
         leases = store.watch_view(LEASE).leases
@@ -332,8 +334,8 @@ def test_an_outcome_whose_commit_was_not_heard_of_is_written_again_and_counts_on
     claimed = claim_one(cut_store)
     execution = an_execution(claimed)
     cut_store.start_execution(execution)
-    ended = finished(execution, nightcrier.Outcome.FAILED)
-    outcome = nightcrier.Completion(
+    ended = finished(execution, incidents.Outcome.FAILED)
+    outcome = incidents.Completion(
         status=S.AGENT_FAILED, execution=ended, failure_reason="exit 1", agent_retries=retries
     )
     if retries == 0:
@@ -360,7 +362,7 @@ def test_another_worker_that_ended_the_same_attempt_is_not_taken_for_ourselves(
     store.create_incidents([an_event()])
     claimed = claim_one(store)
     store.complete_incident(claimed, resolved(claimed))
-    with pytest.raises(nightcrier.LeaseLost):
+    with pytest.raises(incidents.LeaseLost):
         store.complete_incident(claimed, resolved(claimed))
 
 
@@ -435,7 +437,7 @@ def test_values_come_back_as_they_were_whatever_the_server_is_set_to(
     if not options:
         name, _, value = setting.partition("=")
         own_postgres.run(f"alter database postgres set {name} = '{value}'")
-    last = nightcrier.parse_time("9999-12-31T23:59:59Z")
+    last = sql_database.parse_time("9999-12-31T23:59:59Z")
     event = an_event(context="grün → 日本", payload='{"a": "grün → 日本"}', occurred_at=last)
     with contextlib.closing(postgres_store(own_postgres.dsn(**options))) as store:
         store.create_incidents([event])
@@ -518,7 +520,7 @@ def test_who_shares_the_database_hears_of_new_incidents(schema: str) -> None:
         assert other.poll_interval() > one.poll_interval(), "who hears may look less often"
         one.create_incidents([an_event()])
         wait_until(lambda: heard)
-        assert set(heard) == {nightcrier.INCIDENTS}
+        assert set(heard) == {state_store.INCIDENTS}
 
 
 def test_many_things_at_once_are_told_of_once(schema: str) -> None:

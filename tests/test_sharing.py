@@ -18,7 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import incidents
 import nightcrier
+import sql_database
 from conftest import (
     LEASE,
     MINUTE,
@@ -32,17 +34,10 @@ from conftest import (
     wait_until,
 )
 from fake_mcp import run
-from nightcrier import (
-    AsyncStore,
-    ClusterRecord,
-    FaultEvent,
-    Forwarder,
-    Inbox,
-    Incident,
-    RowRefused,
-    Spool,
-    StoreUnavailable,
-)
+from incidents import ClusterRecord, FaultEvent, Incident
+from nightcrier import Forwarder, Inbox
+from sql_database import RowRefused, StoreUnavailable
+from state_store import AsyncStore, Spool
 from watch_leases import (
     ClusterTurn,
     WatchLease,
@@ -55,8 +50,8 @@ SECOND = timedelta(seconds=1)
 ROOT = Path(__file__).parents[1]
 
 
-def a_worker(name: str = "w1", **fields: Any) -> nightcrier.WorkerRecord:
-    record = nightcrier.new_worker(nightcrier.Role.ALL)
+def a_worker(name: str = "w1", **fields: Any) -> incidents.WorkerRecord:
+    record = nightcrier.new_worker(incidents.Role.ALL)
     return dataclasses.replace(record, worker_id=name, **fields)
 
 
@@ -236,7 +231,7 @@ def test_renewing_tells_what_is_still_held_even_if_it_had_run_out(store: Any) ->
     assert store.renew_clusters(a_worker("w1"), {}, LEASE) == {"a"}
     lease = lease_of(store, "a")
     assert lease.lease_expires_at is not None
-    assert lease.lease_expires_at > nightcrier.utc_now() + LEASE / 2
+    assert lease.lease_expires_at > sql_database.utc_now() + LEASE / 2
 
 
 def test_what_is_given_back_is_free_at_once_and_only_ones_own(store: Any) -> None:
@@ -265,15 +260,15 @@ def test_every_turn_of_a_replica_is_a_row(store: Any) -> None:
     assert first.ended_at is not None
     assert second.ended_at == second.updated_at, "it ended without a word after its last sign"
     assert second.connected_at is None
-    assert store.turns_of_others("a", nightcrier.utc_now() + MINUTE, set())[0] == [
+    assert store.turns_of_others("a", sql_database.utc_now() + MINUTE, set())[0] == [
         turn for turn in store.turns_of_others("a", NOON, set())[0] if turn.owner == "w3"
     ]
 
 
 def test_replicas_that_watch_and_live_are_seen(store: Any) -> None:
     store.save_worker(a_worker("w1"))
-    store.save_worker(a_worker("w2", role=nightcrier.Role.INGEST))
-    store.save_worker(a_worker("w3", role=nightcrier.Role.WORKER))
+    store.save_worker(a_worker("w2", role=incidents.Role.INGEST))
+    store.save_worker(a_worker("w3", role=incidents.Role.WORKER))
     store.save_worker(a_worker("w4", state="draining"))
     assert sorted(store.watch_view(LEASE).replicas) == ["w1", "w2"]
     assert store.watch_view(timedelta(0)).replicas == ()
@@ -313,10 +308,10 @@ def test_who_has_lost_a_cluster_does_not_write_over_what_its_successor_says(stor
 def test_when_a_stream_is_restored_no_earlier_gap_of_its_cluster_stays_open(store: Any) -> None:
     """A replica that was frozen writes one, and hears later that another has taken over."""
 
-    def gap(cluster: str, minute: int, restored: int | None = None) -> nightcrier.ClusterGap:
+    def gap(cluster: str, minute: int, restored: int | None = None) -> incidents.ClusterGap:
         end = None if restored is None else NOON + restored * MINUTE
         lost_at = NOON + minute * MINUTE
-        return nightcrier.ClusterGap(cluster=cluster, lost_at=lost_at, restored_at=end, reason="r")
+        return incidents.ClusterGap(cluster=cluster, lost_at=lost_at, restored_at=end, reason="r")
 
     store.save_gaps([gap("a", 1), gap("a", 2), gap("b", 1), gap("a", 9)])
     store.save_gaps([gap("a", 2, 5)])
@@ -419,8 +414,8 @@ import asyncio, os, signal
 from pathlib import Path
 from conftest import events_of
 from test_sharing import a_worker
-import nightcrier
-spool = nightcrier.Spool(Path(sys.argv[1]), 10**9, a_worker("dead"))
+import state_store
+spool = state_store.Spool(Path(sys.argv[1]), 10**9, a_worker("dead"))
 async def fill():
     for _ in range(20):
         events = events_of("a", 10)
@@ -475,7 +470,7 @@ class Slow(AsyncStore):
 async def a_watch(store: Any) -> AsyncIterator[tuple[Slow, nightcrier.ClusterWatch]]:
     calls = Slow(store)
     inbox = Inbox(calls, without_triage=tuple, on_stored=lambda _: None)
-    watch = nightcrier.ClusterWatch(calls, inbox, nightcrier.SubscribeMode.FAULTS)
+    watch = nightcrier.ClusterWatch(calls, inbox, incidents.SubscribeMode.FAULTS)
     try:
         yield calls, watch
     finally:
@@ -694,7 +689,7 @@ def test_also_a_database_that_somebody_has_to_mend_is_no_reason_to_stop_reading(
 ) -> None:
     async def scenario() -> None:
         async with a_replica(shared, tmp_path) as replica:
-            replica.store.problem = nightcrier.StoreError("the password was not accepted")
+            replica.store.problem = sql_database.StoreError("the password was not accepted")
             await replica.receive(an_event("a"))
             assert len(replica.spool) == 1
 
@@ -813,7 +808,7 @@ def turn_of_another(store: Any, cluster: str, connected_at: datetime | None) -> 
 def test_what_a_successor_received_as_well_is_left_out_and_a_gap_says_so(
     shared: Any, tmp_path: Path
 ) -> None:
-    now = nightcrier.utc_now()
+    now = sql_database.utc_now()
 
     async def scenario() -> None:
         async with a_replica(shared, tmp_path) as replica:
@@ -839,7 +834,7 @@ def test_what_a_successor_received_as_well_is_left_out_and_a_gap_says_so(
 def test_what_the_successor_does_not_receive_because_its_stream_is_lost_is_kept(
     shared: Any, tmp_path: Path
 ) -> None:
-    now = nightcrier.utc_now()
+    now = sql_database.utc_now()
 
     async def scenario() -> None:
         async with a_replica(shared, tmp_path) as replica:
@@ -848,7 +843,7 @@ def test_what_the_successor_does_not_receive_because_its_stream_is_lost_is_kept(
             await replica.receive(both, mine)
             turn_of_another(shared, "a", now - 10 * SECOND)
             # What somebody else left open says nothing.
-            left = nightcrier.ClusterGap(
+            left = incidents.ClusterGap(
                 cluster="a", lost_at=now - 9 * SECOND, restored_at=None, reason="left"
             )
             shared.save_gaps([left])
@@ -864,7 +859,7 @@ def test_what_the_successor_does_not_receive_because_its_stream_is_lost_is_kept(
 def test_until_the_successor_says_whether_it_was_connected_its_clusters_events_wait(
     shared: Any, tmp_path: Path
 ) -> None:
-    now = nightcrier.utc_now()
+    now = sql_database.utc_now()
 
     async def scenario() -> None:
         async with a_replica(shared, tmp_path) as replica:
@@ -888,7 +883,7 @@ def test_a_whole_batch_that_has_to_wait_does_not_hold_up_what_is_behind_it(
     shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Forwarder, "BATCH", 2)
-    now = nightcrier.utc_now()
+    now = sql_database.utc_now()
 
     async def scenario() -> None:
         async with a_replica(shared, tmp_path) as replica:

@@ -38,8 +38,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+import incidents
 import nightcrier
 import sql_database
+import state_store
 from conftest import (
     EXPIRED,
     LEASE,
@@ -64,8 +66,8 @@ from conftest import (
     resolved,
     sqlite_store,
 )
-from nightcrier import Incident, IncidentFilter, LeaseLost, Outcome, Severity
-from nightcrier import IncidentStatus as S
+from incidents import Incident, IncidentFilter, LeaseLost, Outcome, Severity
+from incidents import IncidentStatus as S
 from sql_database import StoreError, StoreUnavailable
 
 ROOT = Path(__file__).parents[1]
@@ -97,9 +99,9 @@ def hold(store: Any, cluster: str | None, until: str | None = None) -> None:
         lambda tx: tx.run(
             """insert into holds (hold_id, scope, cluster, reason, since, until)
                values (:hold_id, 'budget', :cluster, 'used up', :now, :until)""",
-            hold_id=nightcrier.new_id(),
+            hold_id=sql_database.new_id(),
             cluster=cluster,
-            now=nightcrier.format_time(nightcrier.utc_now()),
+            now=sql_database.format_time(sql_database.utc_now()),
             until=until,
         )
     )
@@ -163,9 +165,9 @@ def test_whatever_a_server_sends_is_kept_alone_and_among_others(
 ) -> None:
     for count in (1, 3):
         events = [
-            nightcrier.parse_event(
+            incidents.parse_event(
                 {**more, **fault, "resource": resource},
-                mode=nightcrier.SubscribeMode.FAULTS, cluster="prod", received_at=NOON,
+                mode=incidents.SubscribeMode.FAULTS, cluster="prod", received_at=NOON,
                 session_id=numbers[0], delivery_id=numbers[1] and f"{numbers[1]}{count}{number}",
             )
             for number in range(count)
@@ -181,7 +183,7 @@ def test_whatever_a_server_sends_is_kept_alone_and_among_others(
 
 
 def test_the_zero_time_of_go_is_kept_and_does_not_stop_the_queue(store: Any) -> None:
-    event = an_event(occurred_at=nightcrier.parse_time("0001-01-01T00:00:00Z"))
+    event = an_event(occurred_at=sql_database.parse_time("0001-01-01T00:00:00Z"))
     store.create_incidents([event])
     assert claim_one(store).event == event
 
@@ -281,11 +283,11 @@ def test_hostile_text_in_every_column_comes_back_as_it_was(store: Any) -> None:
     report = a_report(report_markdown=HOSTILE, root_cause=HOSTILE, report_html=HOSTILE)
     ended = finished(execution)
     store.complete_incident(claimed, resolved(claimed, execution=ended, report=report))
-    cluster = nightcrier.ClusterRecord(
+    cluster = incidents.ClusterRecord(
         cluster=HOSTILE, endpoint=HOSTILE, labels=HOSTILE_JSON, last_error=HOSTILE
     )
     store.save_clusters([cluster])
-    gap = nightcrier.ClusterGap(cluster=HOSTILE, lost_at=NOON, restored_at=None, reason=HOSTILE)
+    gap = incidents.ClusterGap(cluster=HOSTILE, lost_at=NOON, restored_at=None, reason=HOSTILE)
     store.save_gaps([gap])
 
     found = reread(store, claimed)
@@ -321,7 +323,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.parametrize("cap", [0, 5])
 def test_an_agent_is_tried_again_after_its_delay_and_not_before(store: Any, cap: int) -> None:
-    store.create_incidents([an_event(severity=nightcrier.Severity.INFO)])
+    store.create_incidents([an_event(severity=Severity.INFO)])
     incident = claim_one(store)
     again = agent_failed(incident, agent_retries=2, retry_delay=timedelta(seconds=0.3))
     assert store.complete_incident(incident, again) is S.PENDING
@@ -352,7 +354,7 @@ def test_everything_is_there_after_opening_again(open_again: Opener) -> None:
     store.complete_incident(one := claim_one(store), resolved(one))
     store.complete_incident(two := claim_one(store), agent_failed(two))
     store.start_execution(an_execution(running := claim_one(store)))
-    tables = list(nightcrier._INCIDENT_TABLES)
+    tables = list(state_store._INCIDENT_TABLES)
     before = {table: rows for table, rows in dump(store).items() if table in tables}
     store.close()
 
@@ -379,14 +381,14 @@ def test_fairness_survives_opening_again(open_again: Opener) -> None:
 
 def test_a_claim_says_who_holds_the_incident_and_until_when(store: Any) -> None:
     store.create_incidents([an_event()])
-    before = nightcrier.utc_now()
+    before = sql_database.utc_now()
     claimed = claim_one(store, "w1", LEASE)
 
     assert (claimed.status, claimed.claimed_by) == (S.RUNNING, "w1")
     assert (claimed.attempt, claimed.attempts_charged) == (1, 1)
     assert claimed.lease_expires_at is not None
     assert claimed.started_at is not None
-    assert before + LEASE <= claimed.lease_expires_at <= nightcrier.utc_now() + LEASE
+    assert before + LEASE <= claimed.lease_expires_at <= sql_database.utc_now() + LEASE
     assert before <= claimed.started_at
     assert reread(store, claimed) == claimed
 
@@ -518,9 +520,9 @@ def test_a_held_cluster_gives_nothing_and_the_others_go_on(store: Any, cap: int)
 
 def test_a_hold_on_everything_stops_every_claim_until_it_ends(store: Any) -> None:
     store.create_incidents(events_of("a", 2))
-    hold(store, None, nightcrier.format_time(nightcrier.utc_now() - MINUTE))
+    hold(store, None, sql_database.format_time(sql_database.utc_now() - MINUTE))
     assert len(store.claim_incidents("w", 1, LEASE)) == 1
-    hold(store, None, nightcrier.format_time(nightcrier.utc_now() + 60 * MINUTE))
+    hold(store, None, sql_database.format_time(sql_database.utc_now() + 60 * MINUTE))
     assert store.claim_incidents("w", 1, LEASE) == []
     store._database.write(lambda tx: tx.run("delete from holds"))
     assert len(store.claim_incidents("w", 1, LEASE)) == 1
@@ -621,7 +623,7 @@ def released(store: Any, held: Incident) -> None:
 
 def pruned(store: Any, held: Incident) -> None:
     completed(store, held)
-    store.prune({S.RESOLVED}, nightcrier.utc_now() + MINUTE)
+    store.prune({S.RESOLVED}, sql_database.utc_now() + MINUTE)
 
 
 @pytest.mark.parametrize(
@@ -831,7 +833,7 @@ def varied(store: Any) -> list[Incident]:
     for number in range(48):
         cluster, kind, severity, fault = next(words)
         event = an_event_at(
-            nightcrier.utc_now() - (60 - number) * MINUTE, cluster, resource_kind=kind,
+            sql_database.utc_now() - (60 - number) * MINUTE, cluster, resource_kind=kind,
             severity=severity, fault_type=fault, resource_namespace=f"ns-{number % 3}",
             resource_name=f"name-{number % 5}",
         )  # fmt: skip
@@ -924,7 +926,7 @@ def test_times_bound_a_list_from_inclusive_to_exclusive(store: Any) -> None:
 
 
 def test_what_is_not_there_is_none_or_empty(store: Any) -> None:
-    absent = nightcrier.new_id()
+    absent = sql_database.new_id()
     assert store.get_incident(absent) is None
     assert store.get_incident("no id at all") is None
     assert store.get_report(absent) is None
@@ -938,7 +940,7 @@ def test_what_is_not_there_is_none_or_empty(store: Any) -> None:
 
 
 def test_clusters_gaps_and_workers_are_stored_and_updated(store: Any) -> None:
-    record = nightcrier.ClusterRecord(cluster="a", endpoint="http://a/mcp", connected_at=NOON)
+    record = incidents.ClusterRecord(cluster="a", endpoint="http://a/mcp", connected_at=NOON)
     store.save_clusters([record, dataclasses.replace(record, cluster="b")])
     store.save_clusters([changed := dataclasses.replace(record, events_total=5, last_error="gone",
                                                         triage_enabled=False)])  # fmt: skip
@@ -946,13 +948,13 @@ def test_clusters_gaps_and_workers_are_stored_and_updated(store: Any) -> None:
     assert dataclasses.replace(first, updated_at=None) == changed
     assert (second.cluster, second.events_total) == ("b", 0)
 
-    gap = nightcrier.ClusterGap(cluster="a", lost_at=NOON, restored_at=None, reason="reset")
+    gap = incidents.ClusterGap(cluster="a", lost_at=NOON, restored_at=None, reason="reset")
     store.save_gaps([gap, dataclasses.replace(gap, lost_at=NOON + MINUTE)])
     store.save_gaps([dataclasses.replace(gap, restored_at=NOON + MINUTE)])
     assert [open_.lost_at for open_ in store.open_gaps()] == [NOON + MINUTE]
 
-    worker = nightcrier.WorkerRecord(
-        worker_id="w", host="h", pid=1, role=nightcrier.Role.ALL, started_at=NOON
+    worker = incidents.WorkerRecord(
+        worker_id="w", host="h", pid=1, role=incidents.Role.ALL, version="0.1.0", started_at=NOON
     )
     store.save_worker(worker)
     store.save_worker(dataclasses.replace(worker, state="stopped"))
@@ -963,8 +965,8 @@ def test_clusters_gaps_and_workers_are_stored_and_updated(store: Any) -> None:
 
 def test_a_worker_that_has_stopped_does_not_run_again(store: Any) -> None:
     """Its heartbeat may have been under way in another thread, and is written last."""
-    worker = nightcrier.WorkerRecord(
-        worker_id="w", host="h", pid=1, role=nightcrier.Role.ALL, started_at=NOON
+    worker = incidents.WorkerRecord(
+        worker_id="w", host="h", pid=1, role=incidents.Role.ALL, version="0.1.0", started_at=NOON
     )
 
     def state_after(*states: str) -> object:
@@ -978,9 +980,14 @@ def test_a_worker_that_has_stopped_does_not_run_again(store: Any) -> None:
 
 
 def test_a_replica_that_has_left_or_died_has_no_cluster_and_takes_none(store: Any) -> None:
-    def a_replica(name: str) -> nightcrier.WorkerRecord:
-        return nightcrier.WorkerRecord(
-            worker_id=name, host="h", pid=1, role=nightcrier.Role.INGEST, started_at=NOON
+    def a_replica(name: str) -> incidents.WorkerRecord:
+        return incidents.WorkerRecord(
+            worker_id=name,
+            host="h",
+            pid=1,
+            role=incidents.Role.INGEST,
+            version="0.1.0",
+            started_at=NOON,
         )
 
     def owners() -> list[Any]:
@@ -990,7 +997,7 @@ def test_a_replica_that_has_left_or_died_has_no_cluster_and_takes_none(store: An
         taken: list[str] = store.acquire_clusters(name, store.watch_view(LEASE).leases, LEASE)
         return taken
 
-    store.register_clusters([nightcrier.ClusterRecord(cluster="a", endpoint="http://a/mcp")])
+    store.register_clusters([incidents.ClusterRecord(cluster="a", endpoint="http://a/mcp")])
     for name in ("leaver", "victim", "heir"):
         store.renew_clusters(a_replica(name), {}, LEASE)
     assert take("leaver") == ["a"]
@@ -1015,9 +1022,9 @@ def test_pruning_deletes_old_terminal_incidents_with_all_that_belongs_to_them(st
     for incident in claimed[:4]:
         store.complete_incident(incident, resolved(incident))
     store.complete_incident(claimed[4], agent_failed(claimed[4]))
-    soon = nightcrier.utc_now() + MINUTE
+    soon = sql_database.utc_now() + MINUTE
 
-    assert store.prune({S.RESOLVED}, nightcrier.utc_now() - MINUTE) == []
+    assert store.prune({S.RESOLVED}, sql_database.utc_now() - MINUTE) == []
     assert store.prune(set(), soon) == []
     first = store.prune({S.RESOLVED}, soon, limit=3)
     assert len(first) == 3
@@ -1026,7 +1033,7 @@ def test_pruning_deletes_old_terminal_incidents_with_all_that_belongs_to_them(st
     assert statuses(store) == {S.AGENT_FAILED: 1, S.RUNNING: 1, S.PENDING: 2}
     assert store.get_incident(first[0]) is None
     kept = {table: {row[0] for row in query(store, f"select {key} from {table}")}
-            for table, key in nightcrier._INCIDENT_TABLES.items()}  # fmt: skip
+            for table, key in state_store._INCIDENT_TABLES.items()}  # fmt: skip
     assert not any(found & {*first, *rest} for found in kept.values())
     assert kept["agent_executions"] == {claimed[4].incident_id}
 
@@ -1035,7 +1042,7 @@ def test_pruning_deletes_old_terminal_incidents_with_all_that_belongs_to_them(st
 def test_open_incidents_are_never_pruned(store: Any, status: S) -> None:
     store.create_incidents([an_event()])
     with pytest.raises(StoreError, match="terminal"):
-        store.prune({status, S.RESOLVED}, nightcrier.utc_now() + MINUTE)
+        store.prune({status, S.RESOLVED}, sql_database.utc_now() + MINUTE)
     assert statuses(store) == {S.PENDING: 1}
 
 
@@ -1259,7 +1266,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 2))
     def prune(self, limit: int) -> None:
-        before = nightcrier.utc_now() + MINUTE
+        before = sql_database.utc_now() + MINUTE
         gone = self.store.prune({S.RESOLVED, S.SKIPPED}, before, limit)
         fitting = [k for k, (s, *_) in self.model.items() if s in (S.RESOLVED, S.SKIPPED)]
         assert len(gone) == min(limit, len(fitting))
@@ -1282,7 +1289,7 @@ class StoreMachine(RuleBasedStateMachine):
         } == self.model
         for incident in found:
             ways = self.store.list_transitions(incident.incident_id)
-            assert all(t.to_status in nightcrier.TRANSITIONS[t.from_status] for t in ways)
+            assert all(t.to_status in incidents.TRANSITIONS[t.from_status] for t in ways)
             assert [t.seq for t in ways] == list(range(1, len(ways) + 1))
 
 
@@ -1662,7 +1669,7 @@ def test_lists_use_their_index_without_sorting(
 
 def test_pruning_finds_children_by_their_indexes(full: Any) -> None:
     """A foreign key whose children are found by a scan would make each deletion linear."""
-    for table, key in nightcrier._INCIDENT_TABLES.items():
+    for table, key in state_store._INCIDENT_TABLES.items():
         code = query(full, f"explain delete from {table} where {key} = :id", id="x")
         stored = {row[2] for row in code if row[1] in ("OpenRead", "OpenWrite")}
         assert stored
@@ -1705,24 +1712,24 @@ def test_another_user_of_the_group_can_read_the_file_after_a_clean_stop() -> Non
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Iterator[nightcrier.FilesystemStore]:
-    store = nightcrier.FilesystemStore(tmp_path / "store")
+def files(tmp_path: Path) -> Iterator[state_store.FilesystemStore]:
+    store = state_store.FilesystemStore(tmp_path / "store")
     yield store
     store.close()
 
 
 def test_the_filesystem_store_says_what_it_cannot_promise() -> None:
-    assert not nightcrier.FilesystemStore.shared_between_processes
-    assert not nightcrier.FilesystemStore.batches_are_atomic
-    assert "one process" in str(nightcrier.FilesystemStore.__doc__)
+    assert not state_store.FilesystemStore.shared_between_processes
+    assert not state_store.FilesystemStore.batches_are_atomic
+    assert "one process" in str(state_store.FilesystemStore.__doc__)
 
 
 def test_a_second_process_is_refused_with_a_clear_error(files: Any, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"held by another nightcrier.*use SQLite"):
-        nightcrier.FilesystemStore(tmp_path / "store")
+        state_store.FilesystemStore(tmp_path / "store")
     second = program(
-        "from pathlib import Path; import nightcrier, sql_database\n"
-        "try: nightcrier.FilesystemStore(Path(sys.argv[1]))\n"
+        "from pathlib import Path; import sql_database, state_store\n"
+        "try: state_store.FilesystemStore(Path(sys.argv[1]))\n"
         "except sql_database.StoreError as error: print(error)",
         str(tmp_path / "store"),
     )
@@ -1730,7 +1737,7 @@ def test_a_second_process_is_refused_with_a_clear_error(files: Any, tmp_path: Pa
     assert errors == ""
     assert "held by another nightcrier" in out
     files.close()
-    nightcrier.FilesystemStore(tmp_path / "store").close()
+    state_store.FilesystemStore(tmp_path / "store").close()
 
 
 KEYS = set(
@@ -1753,26 +1760,26 @@ def test_an_incident_is_a_readable_file_with_the_keys_and_words_of_the_existing_
     assert "bürnt" in file.read_text(encoding="utf-8")
     assert content()["status"] == "pending"
     assert content()["resource"]["kind"] == "Pod"
-    assert content()["timestamp"] == nightcrier.format_time(NOON)
+    assert content()["timestamp"] == sql_database.format_time(NOON)
     claimed = claim_one(files)
     assert content()["status"] == "investigating"
     files.complete_incident(claimed, agent_failed(claimed))
     assert content()["status"] == "agent_failed"
     assert content()["exitCode"] == 2
     assert file.stat().st_mode & 0o777 & ~0o640 == 0
-    files.prune({S.AGENT_FAILED}, nightcrier.utc_now() + MINUTE)
+    files.prune({S.AGENT_FAILED}, sql_database.utc_now() + MINUTE)
     assert not file.parent.exists()
 
 
 def test_a_file_that_cannot_be_read_back_is_named(tmp_path: Path) -> None:
-    store = nightcrier.FilesystemStore(tmp_path)
+    store = state_store.FilesystemStore(tmp_path)
     (created,) = store.create_incidents([an_event()])
     store.close()
     (tmp_path / created.incident_id / "incident.json").write_text("{")
     with pytest.raises(StoreError, match=created.incident_id):
-        nightcrier.FilesystemStore(tmp_path)
+        state_store.FilesystemStore(tmp_path)
     (tmp_path / created.incident_id / "incident.json").unlink()
-    nightcrier.FilesystemStore(tmp_path).close()  # and the lock was not kept
+    state_store.FilesystemStore(tmp_path).close()  # and the lock was not kept
 
 
 def test_a_disk_that_cannot_be_written_leaves_memory_and_files_as_they_were(

@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 
+import incidents
 import mcp_client
 import nightcrier
+import sql_database
+import state_store
 from conftest import an_event, events_of, query
 from fake_mcp import (
     FakeMCP,
@@ -29,22 +32,11 @@ from fake_mcp import (
     run,
     serving,
 )
+from incidents import ClusterRecord, FaultEvent, Incident, IncidentStatus, Severity, SubscribeMode
 from mcp_client import HTTPRequest, HTTPResponder, SimulatedCluster, sse_message
-from nightcrier import (
-    AsyncStore,
-    ClusterConfig,
-    ClusterRecord,
-    ClusterWatch,
-    ClusterWatcher,
-    FaultEvent,
-    Inbox,
-    Incident,
-    IncidentStatus,
-    RowRefused,
-    Severity,
-    StoreUnavailable,
-    SubscribeMode,
-)
+from nightcrier import ClusterConfig, ClusterWatch, ClusterWatcher, Inbox
+from sql_database import RowRefused, StoreUnavailable
+from state_store import AsyncStore
 
 
 class Log(logging.Handler):
@@ -106,8 +98,8 @@ class StubStore:
         if self.poison in ids:
             raise RowRefused("CHECK constraint failed")
         self.batches.append(ids)
-        now = nightcrier.utc_now()
-        return [nightcrier.new_incident(event, now, 0) for event in events]
+        now = sql_database.utc_now()
+        return [state_store.new_incident(event, now, 0) for event in events]
 
     @property
     def stored(self) -> list[str]:
@@ -440,7 +432,7 @@ def until_used(fake: FakeMCP, count: int, habit: Habit) -> Habit:
     return limited
 
 
-Store = nightcrier.SQLiteStore
+Store = state_store.SQLiteStore
 
 
 def test_a_fault_becomes_an_incident_with_everything_that_the_server_said(sqlite: Store) -> None:
@@ -684,7 +676,7 @@ def test_an_odd_subscription_id_neither_ends_the_watch_nor_its_rows(sqlite: Stor
             )
             ((stored,),) = watched.rows("select subscription_id from clusters")
             assert stored.startswith("sub-\ufffd\ufffdxxx")
-            assert len(stored) <= nightcrier.NAME_LIMIT
+            assert len(stored) <= incidents.NAME_LIMIT
 
     run(scenario())
 
@@ -990,9 +982,9 @@ def test_a_list_of_subscriptions_that_hangs_does_not_end_a_sound_stream(
     monkeypatch.setattr(ClusterWatcher, "VERIFY", 0.01)
 
     async def hung(*_args: object, **_options: object) -> list[str]:
-        raise nightcrier.mcp_client.ToolHung("tool events_list_subscriptions: no answer")
+        raise mcp_client.ToolHung("tool events_list_subscriptions: no answer")
 
-    monkeypatch.setattr(nightcrier.mcp_client.MCPSession, "subscriptions", hung)
+    monkeypatch.setattr(mcp_client.MCPSession, "subscriptions", hung)
 
     async def scenario() -> None:
         async with one_cluster(sqlite) as (fake, watched):
@@ -1120,12 +1112,12 @@ def test_after_a_kill_the_time_without_nightcrier_is_a_gap_and_the_left_session_
         fake = FakeMCP()
         async with serving(fake) as url:
             cluster = a_cluster(url)
-            left = await nightcrier.mcp_client.MCPSession.connect(nightcrier.mcp_endpoint(cluster))
-            before = nightcrier.utc_now() - timedelta(hours=2)
+            left = await mcp_client.MCPSession.connect(nightcrier.mcp_endpoint(cluster))
+            before = sql_database.utc_now() - timedelta(hours=2)
             killed = ClusterRecord(
                 cluster="alpha",
                 endpoint=cluster.endpoint,
-                connection_state=nightcrier.ConnectionState.ACTIVE,
+                connection_state=incidents.ConnectionState.ACTIVE,
                 protocol_version=left.protocol_version,
                 session_id=left.session_id,
                 connected_at=before,

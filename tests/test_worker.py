@@ -22,7 +22,9 @@ from typing import Any
 import pytest
 
 import agent_process
+import incidents
 import nightcrier
+import sql_database
 from agent_process import Supervisor
 from conftest import (
     EXPIRED,
@@ -37,17 +39,10 @@ from conftest import (
     query,
     wait_until,
 )
-from nightcrier import (
-    AsyncStore,
-    ClusterConfig,
-    Config,
-    Incident,
-    IncidentStatus,
-    Outcome,
-    SQLiteStore,
-    Worker,
-)
+from incidents import Incident, IncidentStatus, Outcome
+from nightcrier import ClusterConfig, Config, Worker
 from sql_database import StoreUnavailable
+from state_store import AsyncStore, SQLiteStore
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
@@ -162,7 +157,7 @@ def benches(sqlite: SQLiteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return Benches(sqlite, tmp_path)
 
 
-def only_execution(bench: Bench, incident: Incident) -> nightcrier.AgentExecution:
+def only_execution(bench: Bench, incident: Incident) -> incidents.AgentExecution:
     (execution,) = bench.store.list_executions(incident.incident_id)
     return execution
 
@@ -722,7 +717,7 @@ def test_a_machine_that_slept_does_not_take_its_own_incidents_away(
 ) -> None:
     monkeypatch.setattr(Worker, "SWEEP", 0.05)
     (incident,) = benches.store.create_incidents([an_event()])
-    now, slept = nightcrier.utc_now, [timedelta(0)]
+    now, slept = sql_database.utc_now, [timedelta(0)]
     monkeypatch.setattr(nightcrier, "utc_now", lambda: now() + slept[0])
 
     async def work() -> None:

@@ -19,9 +19,12 @@ from common import fresh, fsync_milliseconds, rounds, sqlite_store, table
 
 import nightcrier
 import sql_database
+import state_store
 from fake_mcp import a_fault
+from incidents import Incident, SubscribeMode, parse_event
 from mcp_client import HTTPServer, SimulatedCluster, simulated_clusters
-from nightcrier import AsyncStore, ClusterConfig, ClusterWatch, Inbox, Incident, SubscribeMode
+from nightcrier import ClusterConfig, ClusterWatch, Inbox
+from state_store import AsyncStore
 
 
 async def serve(streams: int, events: int) -> None:
@@ -104,20 +107,20 @@ def whole_path(streams: int, where: str | None) -> float:
 
 def bare(batch: int, events: int, where: str | None) -> float:
     """The same statements and pragmas, and nothing else: no parsing, no keys, no threads."""
-    fields = nightcrier._EVENT_FIELDS
+    fields = state_store.EVENT_FIELDS
     made = [
-        nightcrier.parse_event(
+        parse_event(
             a_fault(f"pod-{number}", context="x" * 300),
             mode=SubscribeMode.FAULTS,
             cluster="c0",
-            received_at=nightcrier.utc_now(),
+            received_at=sql_database.utc_now(),
             session_id="S" * 26,
         )
         for number in range(events)
     ]
     rows = [
         {
-            **nightcrier._params(event, fields),
+            **state_store.params_of(event, fields),
             "status": "PENDING",
             "queue_key": number,
             "completed_at": None,

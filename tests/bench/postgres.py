@@ -56,8 +56,9 @@ from work_queue import claim_milliseconds, work
 
 import nightcrier
 import sql_database
+import state_store
 from conftest import LEASE, a_schema, an_event, postgres_store, resolved
-from nightcrier import IncidentFilter, IncidentStatus, Severity
+from incidents import Completion, IncidentFilter, IncidentStatus, Severity
 from postgres_servers import a_postgres
 
 CLUSTERS = 50
@@ -79,8 +80,8 @@ def as_payload(event: nightcrier.FaultEvent) -> dict[str, Any]:
     return {k: str(v) for k, v in dataclasses.asdict(event).items()}
 
 
-def open_store(dsn: str, name: str = "bench") -> nightcrier.PostgresStore:
-    return nightcrier.PostgresStore(sql_database.parse_dsn(dsn, os.environ), name)
+def open_store(dsn: str, name: str = "bench") -> state_store.PostgresStore:
+    return state_store.PostgresStore(sql_database.parse_dsn(dsn, os.environ), name)
 
 
 def ask(dsn: str, sql: str, **params: Any) -> list[Any]:
@@ -161,7 +162,7 @@ class Nightcrier:
             yield lambda: store.create_incidents(events(1))
 
 
-def _completion(how: str, incident: nightcrier.Incident) -> nightcrier.Completion:
+def _completion(how: str, incident: nightcrier.Incident) -> Completion:
     completion = resolved(incident)
     if how == "equal":
         completion = dataclasses.replace(completion, execution=None, report=None)

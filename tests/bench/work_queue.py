@@ -21,6 +21,7 @@ from common import fresh, fsync_milliseconds, rounds, sqlite_store, table
 
 import nightcrier
 import sql_database
+import state_store
 from conftest import LEASE, an_event, resolved
 
 
@@ -49,7 +50,7 @@ def fill(path: Path, pending: int, finished: int = 0) -> None:
 def threads(count: int, size: int, incidents: int, where: str | None) -> float:
     with fresh(where) as folder:
         fill(folder / "n.db", incidents)
-        store = nightcrier.SQLiteStore(folder / "n.db")
+        store = state_store.SQLiteStore(folder / "n.db")
         workers = [
             threading.Thread(target=work, args=(store, f"w{number}", size))
             for number in range(count)
@@ -65,7 +66,7 @@ def threads(count: int, size: int, incidents: int, where: str | None) -> float:
 
 
 def _process(path: Path, worker: str, size: int, ready: object, go: object) -> None:
-    store = nightcrier.SQLiteStore(path)
+    store = state_store.SQLiteStore(path)
     ready.release()  # type: ignore[attr-defined]
     go.wait()  # type: ignore[attr-defined]
     work(store, worker, size)
@@ -140,7 +141,7 @@ def main() -> None:
         stores = {}
         for amount in (1_000, 100_000):
             fill(folder / f"{amount}.db", amount, finished=amount)
-            stores[amount] = nightcrier.SQLiteStore(folder / f"{amount}.db")
+            stores[amount] = state_store.SQLiteStore(folder / f"{amount}.db")
         latencies = {
             f"claim of {size}, {amount:,} pending and {amount:,} finished": functools.partial(
                 claim_milliseconds, store, size

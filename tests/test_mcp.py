@@ -543,16 +543,22 @@ def test_a_redirect_is_reported_without_its_secrets_and_not_followed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "low", "high"),
+    ("given", "low", "high"),
     [
         ("7", 7, 7),
         ("999999999999", 3_600, 3_600),
-        (format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True), 1, 100),
-        (format_datetime(datetime.now(UTC) - timedelta(seconds=100), usegmt=True), 0, 0),
+        (timedelta(seconds=100), 1, 100),
+        (timedelta(seconds=-100), 0, 0),
     ],
+    ids=str,
 )
-def test_retry_after_is_honoured_in_seconds_and_as_a_date(value: str, low: int, high: int) -> None:
+def test_retry_after_is_honoured_in_seconds_and_as_a_date(
+    given: str | timedelta, low: int, high: int
+) -> None:
     async def scenario() -> None:
+        value = given
+        if isinstance(given, timedelta):
+            value = format_datetime(datetime.now(UTC) + given, usegmt=True)
         async with a_fake(initialize=answers(503, Retry_After=value)) as (_, endpoint):
             with pytest.raises(ServerBusy) as caught:
                 await MCPSession.connect(endpoint)

@@ -118,15 +118,22 @@ def bare(batch: int, events: int, where: str | None) -> float:
         )
         for number in range(events)
     ]
-    rows = [
+    rows = [state_store.params_of(event, fields) for event in made]
+    copied = ("cluster", "severity", "fault_type")
+    copied += ("resource_kind", "resource_namespace", "resource_name")
+    incidents = [
         {
-            **state_store.params_of(event, fields),
+            **{name: row[name] for name in copied},
+            "incident_id": row["event_id"],
             "status": "PENDING",
             "queue_key": number,
+            "created_at": row["received_at"],
             "completed_at": None,
         }
-        for number, event in enumerate(made)
+        for number, row in enumerate(rows)
     ]
+    insert_event = sql_database.insert_statement("fault_events", fields)
+    insert_incident = sql_database.insert_statement("incidents", list(incidents[0]))
     with fresh(where) as folder:
         path = folder / "n.db"
         sqlite_store(path).close()
@@ -134,8 +141,8 @@ def bare(batch: int, events: int, where: str | None) -> float:
         began = time.perf_counter()
         for first in range(0, events, batch):
             connection.execute("begin immediate")
-            connection.executemany(nightcrier._INSERT_EVENT, rows[first : first + batch])
-            connection.executemany(nightcrier._INSERT_INCIDENT, rows[first : first + batch])
+            connection.executemany(insert_event, rows[first : first + batch])
+            connection.executemany(insert_incident, incidents[first : first + batch])
             connection.execute("commit")
         seconds = time.perf_counter() - began
         connection.close()

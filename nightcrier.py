@@ -28,7 +28,7 @@ It is to be read from top to bottom: a section uses only the sections above it, 
 leading underscore stays in its section. Modules are in layers in the same way: this one uses
 state_store.py, both use incidents.py, and what knows no incidents is below them: settings.py,
 older_config.py, logs.py, sql_database.py, fair_queue.py, watch_leases.py, mcp_client.py,
-agent_process.py, reports.py and demo_script.py (tests/test_layout.py holds all of that).
+agent_process.py, reports.py, demo_script.py and about.py (tests/test_layout.py holds all of that).
 
     1 Errors            4 Cluster watch   7 Worker     10 Daemon and command line
     2 Configuration     5 Agent           8 HTTP
@@ -48,7 +48,6 @@ import json
 import logging
 import math
 import os
-import platform
 import re
 import resource
 import shlex
@@ -73,6 +72,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
+import about
 import demo_script
 import mcp_client
 import older_config
@@ -2269,10 +2269,8 @@ class Daemon:
         found = [self.inbox.problem, self.worker.problem]
         if self.sharing is not None:
             found += [self.sharing.leases.problem, self.sharing.forwarder.problem]
-        return [
-            *dict.fromkeys(filter(None, found)),
-            *(["draining"] if self._stopping.is_set() else []),
-        ]
+        found += ["draining"] if self._stopping.is_set() else []
+        return [*dict.fromkeys(filter(None, found))]
 
     def stop(self) -> None:
         """Take no more events and incidents, let the agents finish, end."""
@@ -2436,8 +2434,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     if config.role is not Role.INGEST:
         find_agent(config)
         log.warning("agents run on this host, not isolated: they can do what this user can")
-        blind = [c.name for c in config.clusters if c.triage_enabled and c.kubeconfig is None]
-        if blind:
+        if blind := [c.name for c in config.clusters if c.triage_enabled and c.kubeconfig is None]:
             log.warning("no kubeconfig for the agent: it cannot look into %s", ", ".join(blind))
         must_be_writable(config.workspace_root.absolute())
     # Two sockets for each of thousands of clusters: use what the hard limit allows.
@@ -2583,8 +2580,9 @@ def config_template() -> str:
     return "\n".join([*lines, *settings.commented(OPTIONS)]) + "\n"
 
 
-def cmd_version(_args: argparse.Namespace) -> int:
-    print(f"nightcrier {__version__} (Python {platform.python_version()})")
+def cmd_version(args: argparse.Namespace) -> int:
+    schema = str(load_migrations("sqlite")[-1])
+    about.show(args.part, version=__version__, schema=schema)
     return 0
 
 
@@ -2736,7 +2734,6 @@ _EXIT_CODES = """\
 exit codes: 0 ok, 1 runtime failure, 2 usage, 3 configuration, 4 database or schema,
 5 a dependency is missing"""
 
-
 _CONFIG_ARGUMENTS: dict[str, dict[str, Any]] = {
     "--config": {"metavar": "FILE", "help": "default: config.yaml, if it is there"},
     "--cluster": {
@@ -2816,7 +2813,11 @@ COMMANDS: Mapping[str, Command] = {
         },
     ),
     "version": Command(
-        run=cmd_version, help="print the version", example="nightcrier version", options=()
+        run=cmd_version,
+        help="print the version and what the program is made of",
+        example="nightcrier version --licenses",
+        arguments=about.ARGUMENTS,
+        options=(),
     ),
 }
 
@@ -2871,7 +2872,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (NightcrierError, StoreError, mcp_client.MCPError) as error:
+    except (NightcrierError, StoreError, mcp_client.MCPError, about.NotBundled) as error:
         for line in str(error).splitlines():
             print(f"nightcrier: {redact(one_line(line))}", file=sys.stderr)
         return getattr(error, "exit_code", 1)

@@ -61,8 +61,9 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
 def test_version_prints_the_version(tmp_path: Path) -> None:
     done = nightcrier("version", cwd=tmp_path)
     assert done.returncode == 0
-    assert re.fullmatch(r"nightcrier \d+\.\d+\.\d+ \(Python 3\.\d+\.\d+\S*\)\n", done.stdout)
-    assert nightcrier("--version", cwd=tmp_path).returncode == 0
+    first = done.stdout.splitlines()[0]
+    assert re.fullmatch(r"nightcrier \d+\.\d+\.\d+", first)
+    assert nightcrier("--version", cwd=tmp_path).stdout == f"{first}\n"
     assert list(tmp_path.iterdir()) == []
 
 

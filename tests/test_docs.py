@@ -52,7 +52,7 @@ def test_every_command_is_in_the_readme_and_has_help(capsys: pytest.CaptureFixtu
 
 def test_every_flag_in_the_readme_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     known = set()
-    for command in ("run", "demo", "check", "migrate", "replay"):
+    for command in ("run", "demo", "check", "migrate", "replay", "version"):
         with pytest.raises(SystemExit):
             nightcrier.main([command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import inspect
 import json
 import os
@@ -241,6 +242,14 @@ class _SupervisorProcess:
             (os.killpg if group else os.kill)(pid, number)
 
 
+@functools.cache
+def _supervisor_source() -> str:
+    return (
+        f"from __future__ import annotations\n{_SupervisorProcess.IMPORTS}\n"
+        f"{inspect.getsource(_SupervisorProcess)}\n_SupervisorProcess().run()\n"
+    )
+
+
 class SupervisedProcess:
     """A process started by the Supervisor."""
 
@@ -272,20 +281,17 @@ class Supervisor:
         self._starting: dict[str, asyncio.Future[SupervisedProcess]] = {}
         self._running: dict[str, SupervisedProcess] = {}
         self._lock = asyncio.Lock()
+        self._source = _supervisor_source()  # now: later, somebody may have replaced the file
 
     async def start(self) -> None:
         async with self._lock:
             if self._requests is not None:
                 return
             ours, theirs = socket.socketpair()
-            source = (
-                f"from __future__ import annotations\n{_SupervisorProcess.IMPORTS}\n"
-                f"{inspect.getsource(_SupervisorProcess)}\n_SupervisorProcess().run()\n"
-            )
             keep = ("PATH", "LANG", "LD_LIBRARY_PATH")
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-I", "-S", "-c", source),
+                    *(sys.executable, "-I", "-S", "-c", self._source),
                     stdin=theirs.fileno(),
                     stdout=asyncio.subprocess.PIPE,
                     env={name: os.environ[name] for name in keep if name in os.environ},

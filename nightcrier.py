@@ -2202,6 +2202,7 @@ class Daemon:
     PATIENCE = 15.0  # seconds that the database may take at the end, besides what agents may take
 
     def __init__(self, config: Config, *, reread: Callable[[], Config] | None = None) -> None:
+        about.preload(postgres=config.postgres is not None)
         self.config = config
         self._reread = reread or (lambda: config)
         self._changed = asyncio.Event()
@@ -2481,6 +2482,7 @@ def _read_fault(path: Path, cluster: str | None, mode: SubscribeMode) -> FaultEv
 
 async def _replay(config: Config, event: FaultEvent) -> Incident | None:
     """Store the event as a stream would, and work until it is at its end (role ingest: do not)."""
+    about.preload(postgres=config.postgres is not None)
     record = new_worker(Role.WORKER)  # whatever the role: replicas share clusters with no replay
     store = AsyncStore(open_store(config, record.worker_id))
     supervisor = Supervisor()

@@ -76,9 +76,10 @@ class Program:
         cwd: Path,
         environment: Mapping[str, str] | None = None,
         wrapper: Sequence[str] = (),
+        program: Path = PROGRAM,
     ) -> None:
         self.process = subprocess.Popen(
-            [*wrapper, sys.executable, str(PROGRAM), *map(str, words)],
+            [*wrapper, sys.executable, str(program), *map(str, words)],
             cwd=cwd,
             env=clean_environment(**(environment or {})),
             stdin=subprocess.DEVNULL,

@@ -34,6 +34,16 @@ class ArchiveImporter(zipimport.zipimporter):
         _imp._fix_co_filename(code, self.get_filename(fullname))  # type: ignore[attr-defined]
         return code
 
+    def get_source(self, fullname: str) -> str | None:
+        """For tracebacks, to which only an OSError says that there is none.
+
+        When the archive was replaced under us, there may be anything in its place.
+        """
+        try:
+            return super().get_source(fullname)
+        except Exception as error:
+            raise OSError(f"no source of {fullname}: {error}") from error
+
     def _source(self, fullname: str) -> str:
         """The module's path inside the archive: yaml.nodes is yaml/nodes.py."""
         path = self.prefix + fullname.rpartition(".")[2]

@@ -21,6 +21,7 @@ import pytest
 import nightcrier
 import sql_database
 import state_store
+from built_files import host_only_pyz, pyz  # noqa: F401
 from incidents import (
     AgentExecution,
     Completion,

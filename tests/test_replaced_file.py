@@ -14,7 +14,6 @@ import pytest
 
 from conftest import a_schema
 from running_program import Clusters, Program, an_agent, eventually
-from test_zipapp import pyz  # noqa: F401
 
 # Of another length, and with nothing where it was: neither header, directory nor stream.
 GARBAGE = bytes(range(1, 256)) * 20_000
@@ -56,7 +55,7 @@ def emptied(file: Path) -> None:
 
 
 @pytest.fixture
-def copy(pyz: Path, tmp_path: Path) -> Path:  # noqa: F811
+def copy(pyz: Path, tmp_path: Path) -> Path:
     file = tmp_path / "nightcrier.pyz"
     file.write_bytes(pyz.read_bytes())
     return file

@@ -7,37 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from built_files import ROOT, Result
+
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-NO_NETWORK = re.compile("NewConnectionError|NameResolutionError|ConnectTimeoutError|ProxyError")
-
-Result = subprocess.CompletedProcess[str]
-
-
-def build(output: Path, *options: str | Path, umask: int = 0o022, **environment: str) -> Result:
-    return subprocess.run(
-        [ROOT / "build_zipapp.sh", "--python", sys.executable, "--output", output, *options],
-        env=os.environ | environment,
-        umask=umask,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="session")
-def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("dist") / "nightcrier.pyz"
-    result = build(output)
-    if result.returncode and NO_NETWORK.search(result.stderr):
-        pytest.skip("build/wheels lacks wheels of requirements.lock, and there is no network")
-    assert result.returncode == 0, result.stderr
-    return output
 
 
 class Host:
@@ -161,14 +137,16 @@ def test_an_unsupported_python_gets_one_line_and_exit_code_5(pyz, host, version)
     assert f"cp{THIS_PYTHON.replace('.', '')}-" in line
 
 
-def test_a_python_that_the_file_has_no_native_module_for_gets_one_line_and_exit_code_5(pyz, host):
+def test_a_python_that_the_file_has_no_native_module_for_gets_one_line_and_exit_code_5(
+    host_only_pyz, host
+):
     others = [f"3.{minor}" for minor in range(11, 16) if f"3.{minor}" != THIS_PYTHON]
     python = next(filter(None, map(find_python, others)), None)
     if not python:
         pytest.skip(f"no Python of {', '.join(others)} here")
 
-    host.runs(python, pyz, "version")
-    result = host.run(python, pyz, *host.migrate)
+    host.runs(python, host_only_pyz, "version")
+    result = host.run(python, host_only_pyz, *host.migrate)
 
     assert result.returncode == 5
     [line] = result.stderr.splitlines()
@@ -404,41 +382,3 @@ def test_two_first_starts_at_once_both_succeed_and_leave_one_file(pyz, host):
         ]
     assert [start.returncode for start in starts] == [0, 0]
     assert len(list(host.cache.iterdir())) == 1
-
-
-# --- The build ---
-
-
-def test_the_same_source_gives_the_same_bytes(pyz, tmp_path):
-    again = tmp_path / "nightcrier.pyz"
-    result = build(again, "--offline", umask=0o077, TZ="Asia/Tokyo", PYTHONHASHSEED="7")
-
-    assert result.returncode == 0, result.stderr
-    assert again.read_bytes() == pyz.read_bytes()
-    assert again.with_name("nightcrier.pyz.sha256").read_text() == (
-        pyz.with_name("nightcrier.pyz.sha256").read_text()
-    )
-
-
-def test_a_wheel_that_is_not_in_the_lock_is_not_packed(pyz, tmp_path):
-    wheels = tmp_path / "wheels"
-    shutil.copytree(ROOT / "build" / "wheels", wheels)
-    for wheel in wheels.glob("h11-*.whl"):
-        with zipfile.ZipFile(wheel, "a") as archive:
-            archive.writestr("h11/more.py", "")
-
-    result = build(tmp_path / "out.pyz", "--offline", "--wheels", wheels)
-
-    assert result.returncode == 1
-    assert "no wheel of h11" in result.stderr
-    assert not (tmp_path / "out.pyz").exists()
-
-
-def test_it_holds_the_licence_of_everything_in_it(pyz):
-    lock = (ROOT / "requirements.lock").read_text()
-    locked = re.findall(r"^(\S+)==(\S+)", lock, re.MULTILINE)
-    with zipfile.ZipFile(pyz) as archive:
-        texts = {name.split("/")[1] for name in archive.namelist() if name.startswith("LICENSES/")}
-
-    texts = {text.replace("_", "-") for text in texts}
-    assert {f"{name.lower()}-{version}" for name, version in locked} <= texts

@@ -22,7 +22,7 @@ from types import ModuleType
 class Bundled:
     """A native module of the archive: a line of `_native/index`, and the content behind it.
 
-    The modules of one platform are a single xz stream, for the same SQLite is in each of them.
+    Those of one system and machine are a single xz stream, for the same SQLite is in each of them.
     """
 
     def __init__(self, line: str) -> None:
@@ -34,7 +34,7 @@ class Bundled:
         import hashlib
         import lzma
 
-        stream = read(f"_native/{self.target.partition('-')[2]}.xz")
+        stream = read(stream_of(self.target))
         content = b""
         with contextlib.suppress(lzma.LZMAError):
             modules = lzma.LZMADecompressor().decompress(stream, self.offset + self.size)
@@ -42,6 +42,12 @@ class Bundled:
         if hashlib.sha256(content).hexdigest() != self.sha256:
             raise ImportError("it is damaged, get this file again")
         return content
+
+
+def stream_of(target: str) -> str:
+    """Where it is in the archive: cp311-linux-musl-x86_64 is in _native/linux-x86_64.xz."""
+    _, system, *_, machine = target.split("-")
+    return f"_native/{system}-{machine}.xz"
 
 
 def target() -> str:

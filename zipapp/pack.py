@@ -1,4 +1,4 @@
-"""Packs nightcrier.pyz: the program, its schema, its packages, their licences, and what starts it.
+"""Packs nightcrier.pyz: the program, its schema, its packages, and what starts it.
 
 build_zipapp.sh calls this; `--renew-lock` writes the hashes in requirements.lock anew.
 
@@ -7,17 +7,15 @@ build_zipapp.sh calls this; `--renew-lock` writes the hashes in requirements.loc
     apsw/__init__.py         native.py
     nightcrier.py schema/    the program: the modules that pyproject.toml names, and its SQL
     h11/ pg8000/ yaml/ …     the packages, without their native parts
-    _native/                 apsw: an xz stream for each platform, and the index of them all
-    _pyc/<cache tag>/        bytecode
-    LICENSES/
+    nightcrier_build/        what is in the file, and the licences of it all: see account.py
+    _native/                 apsw: xz streams of native modules, and the index of them all
+    _pyc/<cache tag>/        bytecode, for each Python of the building machine
 """
 
-# ruff: noqa: S603 — it runs pip and compileall, with arguments of its own
+# ruff: noqa: S603 — it runs compileall, and Pythons that it has found
 import argparse
-import hashlib
+import fnmatch
 import io
-import itertools
-import json
 import lzma
 import os
 import re
@@ -28,31 +26,26 @@ import time
 import tomllib
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import account
 import native
+import wheels
+from wheels import NATIVE_PACKAGE, PYTHONS, ROOT, Wheel, sha256
 
-ROOT = Path(__file__).resolve().parents[1]
-LOCK = ROOT / "requirements.lock"
-
-NATIVE_PACKAGE = "apsw"
-# The .py files are the same in all wheels of a package, and not every Python has a wheel of it.
-PURE_WHEEL = ["--platform=manylinux2014_x86_64", "--python-version=3.11"]
-LICENCE = re.compile(r"(?P<package>.+)\.dist-info/(licenses/)?(?P<name>(LICEN|COPYING|NOTICE).*)")
+SLIM = "*-linux-gnu-*"
+# Python's own importer loads the first of them; the others are never imported.
+NOT_COMPILED = re.compile(
+    r"__main__\.py|asn1crypto/(_inet|_perf/.+|cms|crl|csr|ocsp|pdf|pkcs12|tsp)\.py"
+    r"|dateutil/(easter|rrule|utils|zoneinfo/.+)\.py"
+)
 EARLIEST_ZIP_DATE = 315532800  # 1980-01-01
-SYSTEMS = {"manylinux": "linux-gnu", "musllinux": "linux-musl", "macosx": "macos"}
-
-# What --renew-lock asks the package index for.
-PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
-MACHINES = ["x86_64", "aarch64", "i686", "armv7l"]
-PLATFORMS = [
-    *(f"manylinux_2_28_{machine}" for machine in MACHINES),
-    *(f"musllinux_1_2_{machine}" for machine in MACHINES),
-    "macosx_11_0_arm64",
-    "macosx_15_0_x86_64",
-]
+# The dictionary holds all modules of a stream; a larger one, or --extreme, gains nothing.
+XZ_PRESET = 8
 
 HEADER = """\
 #!/bin/sh
@@ -67,141 +60,139 @@ exit 5
 """
 
 
-@dataclass(frozen=True)
-class Package:
-    """An entry of requirements.lock."""
-
-    name: str
-    version: str
-    hashes: frozenset[str]
-
-    def __str__(self) -> str:
-        hashes = (f"    --hash=sha256:{digest}" for digest in sorted(self.hashes))
-        return " \\\n".join([f"{self.name}=={self.version}", *hashes]) + "\n"
-
-    def wheel_in(self, directory: Path) -> Path | None:
-        """A wheel that is in the lock and, of the native package, made for this machine."""
-        for wheel in sorted(directory.glob("*.whl")):
-            name = wheel.name.partition("-")[0].lower().replace("_", "-")
-            if name != self.name.lower():
-                continue
-            if name == NATIVE_PACKAGE and target_of(wheel) != native.target():
-                continue
-            if sha256(wheel.read_bytes()) in self.hashes:
-                return wheel
-        return None
-
-
 def main() -> None:
     options = parse_options()
     if options.renew_lock:
-        renew_lock()
+        wheels.renew_lock()
         return
-    wheels = locked_wheels(options.wheels, offline=options.offline)
-    natives = [wheels[NATIVE_PACKAGE]]
-    files = program() | python_files([wheels[name] for name in wheels if name != NATIVE_PACKAGE])
-    files |= bytecode({name: files[name] for name in files if name.endswith(".py")})
-    write_archive(options.output, files | native_modules(natives) | licences(wheels.values()))
+    targets = chosen_targets(options)
+    found = wheels.locked_wheels(targets, options.wheels, offline=options.offline)
+    pythons = chosen_pythons(targets, options)
+    account_of_it = make_account(targets, found, pythons)
+    natives = [wheel for wheel in found if wheel.package == NATIVE_PACKAGE]
+    files = program() | python_files([wheel for wheel in found if wheel not in natives])
+    files |= account.account_files(account_of_it, found)
+    versions = ", ".join(account_of_it.bytecode) or "no Python"
+    what = targets[0] if len(targets) == 1 else f"{len(targets)} targets"
+    print(f"packing for {what}, with bytecode of {versions}", flush=True)
+    files |= compress_and_compile(natives, pythons, files)
+    write_archive(options.output, files, targets)
+    if options.pythons_file:
+        able = [python.executable for python in pythons if python.target in targets]
+        options.pythons_file.write_text("".join(f"{path}\n" for path in able))
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Packs nightcrier.pyz.")
+    parser = argparse.ArgumentParser(description="Packs nightcrier.pyz.", allow_abbrev=False)
+    targets = parser.add_mutually_exclusive_group()
+    targets.add_argument("--slim", dest="targets", action="store_const", const=SLIM)
+    targets.add_argument("--host-only", action="store_true")
+    targets.add_argument("--targets", metavar="PATTERN")
+    parser.add_argument("--bytecode", metavar="PY", action="append", default=[])
     parser.add_argument("--wheels", type=Path, default=ROOT / "build" / "wheels")
     parser.add_argument("--output", type=Path, default=ROOT / "dist" / "nightcrier.pyz")
     parser.add_argument("--offline", action="store_true")
+    parser.add_argument("--pythons-file", type=Path)  # gets those that can run the result
     parser.add_argument("--renew-lock", action="store_true")
     return parser.parse_args()
 
 
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def chosen_targets(options: argparse.Namespace) -> list[str]:
+    pattern = native.target() if options.host_only else options.targets or "*"
+    chosen = fnmatch.filter(wheels.targets(), pattern)
+    if not chosen:
+        has = ", ".join(wheels.targets())
+        raise RuntimeError(f"no target is {pattern}; there are: {has}")
+    return chosen
 
 
-# --- Wheels: what the lock names, and nothing else ---
+def make_account(
+    targets: list[str], found: list[Wheel], pythons: list["Python"]
+) -> account.Account:
+    sqlite: tuple[str, tuple[str, ...]] = ("", ())
+    runnable = [
+        (wheel, python)
+        for python in pythons
+        for wheel in found
+        if wheel.package == NATIVE_PACKAGE and wheel.target == python.target
+    ]
+    if runnable:
+        wheel, python = runnable[0]
+        sqlite = account.sqlite_facts(wheel, python.executable)
+    else:
+        print("no Python here runs an apsw of this file: it will not know its SQLite")
+    return account.Account(
+        commit=account.commit(),
+        source_date=account.iso(account.source_date()),
+        sqlite=sqlite[0],
+        sqlite_options=sqlite[1],
+        targets=tuple(targets),
+        bytecode=tuple(python.version for python in pythons),
+        packages={package.name: package.version for package in wheels.read_lock()},
+    )
 
 
-def read_lock() -> list[Package]:
-    packages = []
-    for line in LOCK.read_text().replace("\\\n", "").splitlines():
-        if line and not line.startswith("#"):
-            requirement, *hashes = line.split()
-            name, version = requirement.split("==")
-            digests = frozenset(option.removeprefix("--hash=sha256:") for option in hashes)
-            packages.append(Package(name, version, digests))
-    return packages
+# --- Pythons: those of this machine that the file is for ---
 
 
-def target_of(wheel: Path) -> str | None:
-    """What a native wheel serves, in the words of native.target()."""
-    match = re.fullmatch(r".+-cp\d+-(cp\d+t?)-([a-z]+)_\d+_\d+_(\w+)\.whl", wheel.name)
-    if not match or match[2] not in SYSTEMS:
+ASK = """import platform, sys
+free_threaded = "t" in getattr(sys, "abiflags", "")
+print(sys.implementation.name, free_threaded, sys.hexversion, platform.python_version())"""
+
+
+@dataclass(frozen=True, order=True)
+class Python:
+    hexversion: int
+    version: str  # as in 3.11.7
+    executable: str
+
+    @property
+    def tag(self) -> str:
+        return "".join(self.version.split(".")[:2])
+
+    @property
+    def target(self) -> str:
+        """What it needs a native module for."""
+        return f"cp{self.tag}-{native.target().partition('-')[2]}"
+
+
+def chosen_pythons(targets: list[str], options: argparse.Namespace) -> list[Python]:
+    """One for each version that there are targets for: what is found depends on the machine.
+
+    The one that runs this comes before those that are named, and these before the newest.
+    """
+    chosen: dict[str, Python] = {}
+    ours, *named = map(ask, [sys.executable, *options.bytecode])
+    for path, python in zip(options.bytecode, named, strict=True):
+        if not python:
+            raise RuntimeError(f"{path} is no CPython that runs")
+    with ThreadPoolExecutor() as pool:
+        others = pool.map(ask, [] if options.host_only else sorted(places()))
+        newest_first = sorted(filter(None, others), reverse=True)
+    for python in filter(None, [ours, *named, *newest_first]):
+        chosen.setdefault(python.tag, python)
+    served = {target.partition("-")[0] for target in targets}
+    return sorted(python for python in chosen.values() if f"cp{python.tag}" in served)
+
+
+def places() -> set[str]:
+    names = [f"python{version}" for version in PYTHONS]
+    folders = [Path(folder) for folder in os.get_exec_path()]
+    folders += Path(os.path.expanduser("~")).glob(".pyenv/versions/*/bin")
+    return {str(folder / name) for folder in folders for name in names if (folder / name).exists()}
+
+
+def ask(executable: str) -> Python | None:
+    """Run it: a pyenv shim has not always something behind it."""
+    command = [executable, "-I", "-S", "-c", ASK]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        name, free_threaded, hexversion, version = done.stdout.split()
+    except (OSError, ValueError, subprocess.CalledProcessError):
         return None
-    return f"{match[1]}-{SYSTEMS[match[2]]}-{match[3]}"
-
-
-def locked_wheels(directory: Path, *, offline: bool) -> dict[str, Path]:
-    """A wheel of each locked package, from the directory or fetched into it."""
-    locked = read_lock()
-    missing = [package for package in locked if not package.wheel_in(directory)]
-    if missing and not offline:
-        print("fetching", ", ".join(package.name for package in missing), flush=True)
-        fetch([package for package in missing if package.name == NATIVE_PACKAGE], directory)
-        fetch([p for p in missing if p.name != NATIVE_PACKAGE], directory, *PURE_WHEEL)
-    wheels = {}
-    for package in locked:
-        wheel = package.wheel_in(directory)
-        if not wheel:
-            here = f"{directory} has no wheel of {package.name}"
-            raise RuntimeError(f"{here} that is for {native.target()} and in {LOCK.name}")
-        wheels[package.name] = wheel
-    return wheels
-
-
-def fetch(packages: list[Package], directory: Path, *options: str) -> None:
-    if packages:
-        pip(
-            *("download", "--require-hashes", "--only-binary=:all:", "--no-deps", *options),
-            *("--dest", str(directory), "--requirement", "/dev/stdin"),
-            stdin="".join(map(str, packages)),
-        )
-
-
-def pip(*arguments: str, stdin: str = "") -> str:
-    command = [sys.executable, "-m", "pip", *arguments]
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return done.stdout
-
-
-def renew_lock() -> None:
-    """Lock all wheels of the versions that the lock names: edit those, then run this."""
-    lines = LOCK.read_text().splitlines()
-    comment = [*itertools.takewhile(lambda line: line.startswith("#"), lines), ""]
-    renewed = [Package(p.name, p.version, hashes_in_index(p)) for p in read_lock()]
-    LOCK.write_text("\n".join([*comment, *map(str, renewed)]))
-
-
-def hashes_in_index(package: Package) -> frozenset[str]:
-    hashes = set()
-    for python, platform in itertools.product(PYTHONS, PLATFORMS):
-        try:
-            report = pip(
-                *("install", "--dry-run", "--quiet", "--report=-", "--target=nowhere"),
-                *("--no-deps", "--ignore-installed", "--only-binary=:all:"),
-                *(f"--python-version={python}", f"--platform={platform}"),
-                f"{package.name}=={package.version}",
-            )
-        except RuntimeError as error:
-            if "No matching distribution" not in str(error):
-                raise
-            continue
-        wheel = json.loads(report)["install"][0]["download_info"]
-        hashes.add(wheel["archive_info"]["hashes"]["sha256"])
-        if wheel["url"].endswith("-none-any.whl"):
-            break  # the same one everywhere
-    print(f"{package.name} {package.version}: {len(hashes)} wheels")
-    return frozenset(hashes)
+    if name != "cpython" or free_threaded == "True":  # its native modules are others
+        return None
+    return Python(int(hexversion), version, executable)
 
 
 # --- Content: name in the archive -> bytes ---
@@ -221,12 +212,12 @@ def program() -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in files.items()}
 
 
-def python_files(wheels: list[Path]) -> dict[str, bytes]:
+def python_files(pure: list[Wheel]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
-    for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
+    for wheel in pure:
+        with zipfile.ZipFile(wheel.path) as archive:
             names = [name for name in archive.namelist() if name.endswith(".py")]
-            files |= {name: with_version(archive.read(name), wheel) for name in names}
+            files |= {name: with_version(archive.read(name), wheel.path) for name in names}
     return files
 
 
@@ -244,14 +235,30 @@ def with_version(source: bytes, wheel: Path) -> bytes:
     return source
 
 
-def bytecode(sources: dict[str, bytes]) -> dict[str, bytes]:
+def compress_and_compile(
+    natives: list[Wheel], pythons: list[Python], files: dict[str, bytes]
+) -> dict[str, bytes]:
+    """The slow part, as parallel as the machine allows: xz releases Python's lock."""
+    streams, index = native_modules(natives)
+    compiled_ones = [n for n in files if n.endswith(".py") and not NOT_COMPILED.fullmatch(n)]
+    sources = {name: files[name] for name in compiled_ones}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        packed = pool.map(lambda stream: lzma.compress(stream, preset=XZ_PRESET), streams.values())
+        compiled = pool.map(lambda python: bytecode(sources, python), pythons)
+        result = dict(zip(streams, packed, strict=True)) | {"_native/index": index}
+        for pycs in compiled:
+            result |= pycs
+    return result
+
+
+def bytecode(sources: dict[str, bytes], python: Python) -> dict[str, bytes]:
     """Compile in a process that does nothing else: what a .pyc marks as shared depends on that."""
     with tempfile.TemporaryDirectory() as name:
         stage = Path(name)
         for path, source in sources.items():
             (stage / path).parent.mkdir(parents=True, exist_ok=True)
             (stage / path).write_bytes(source)
-        command = [sys.executable, "-S", "-P", "-m", "compileall", "-q"]
+        command = [python.executable, "-S", "-P", "-m", "compileall", "-q"]
         command += ["--invalidation-mode=unchecked-hash", "-s", name, "-p", "nightcrier.pyz", name]
         settings = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         # The order of a frozenset in a .pyc depends on the seed.
@@ -262,54 +269,37 @@ def bytecode(sources: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def bytecode_name(pyc: Path) -> str:
-    """`yaml/__pycache__/nodes.cpython-311.pyc` is `_pyc/cpython-311/yaml/nodes.pyc` in the archive.
-
-    Two modules are still loaded by Python's own importer, which wants it beside the source.
-    """
+    """yaml/__pycache__/nodes.cpython-311.pyc is _pyc/cpython-311/yaml/nodes.pyc in the archive."""
     module, tag, suffix = pyc.name.rsplit(".", 2)
-    if module in ("__main__", "zipapp_importer"):
-        return f"{module}.{suffix}"
     return str(Path("_pyc", tag, pyc.parents[1], f"{module}.{suffix}"))
 
 
-def native_modules(wheels: list[Path]) -> dict[str, bytes]:
-    """One solid stream for a platform: the same SQLite sits in its module for every Python."""
+def native_modules(natives: list[Wheel]) -> tuple[dict[str, bytes], bytes]:
+    """One solid stream for a system and a machine: the same SQLite is in each of its modules.
+
+    To unpack a module is to unpack those before it. So glibc comes before musl, and the Pythons
+    that hosts have had for longest come first.
+    """
     streams: dict[str, bytes] = {}
     index = []
-    for target, wheel in sorted((target_of(wheel) or "", wheel) for wheel in wheels):
-        with zipfile.ZipFile(wheel) as archive:
+    for wheel in sorted(natives, key=lambda wheel: wheel.target.split("-", 1)[::-1]):
+        with zipfile.ZipFile(wheel.path) as archive:
             [name] = [n for n in archive.namelist() if re.match(r"apsw/__init__\..+\.so$", n)]
             module = archive.read(name)
-        stream = f"_native/{target.partition('-')[2]}.xz"
+        stream = native.stream_of(wheel.target)
         before = streams.get(stream, b"")
-        index.append(
-            f"{target} {len(before)} {len(module)} {zlib.crc32(module):08x} {sha256(module)}\n"
-        )
+        place = f"{len(before)} {len(module)} {zlib.crc32(module):08x}"
+        index.append(f"{wheel.target} {place} {sha256(module)}\n")
         streams[stream] = before + module
-    files = {name: lzma.compress(s, preset=9 | lzma.PRESET_EXTREME) for name, s in streams.items()}
-    return files | {"_native/index": "".join(index).encode()}
-
-
-def licences(wheels: Iterable[Path]) -> dict[str, bytes]:
-    files = {
-        f"LICENSES/nightcrier/{file.name}": file.read_bytes() for file in ROOT.glob("LICENSE*")
-    }
-    for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                if text := LICENCE.fullmatch(name):
-                    files[f"LICENSES/{text['package']}/{text['name']}"] = archive.read(name)
-    return files
+    return streams, "".join(index).encode()
 
 
 # --- The file ---
 
 
-def write_archive(output: Path, files: dict[str, bytes]) -> None:
+def write_archive(output: Path, files: dict[str, bytes], targets: list[str]) -> None:
     """The same files give the same bytes: nothing of this machine gets in but its zlib and xz."""
-    date = max(int(os.environ.get("SOURCE_DATE_EPOCH", "0")), EARLIEST_ZIP_DATE)
-    targets = [line.split()[0] for line in files["_native/index"].decode().splitlines()]
-    print(f"packing {len(files)} files for {', '.join(targets)}")
+    date = max(account.source_date(), EARLIEST_ZIP_DATE)
     content = io.BytesIO()
     content.write(header(targets).encode())
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
@@ -320,11 +310,25 @@ def write_archive(output: Path, files: dict[str, bytes]) -> None:
             packed = name.endswith(".xz")
             entry.compress_type = zipfile.ZIP_STORED if packed else zipfile.ZIP_DEFLATED
             archive.writestr(entry, files[name])
+        sizes = sizes_by_content(archive.infolist())
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(content.getvalue())
     output.chmod(0o755)
-    checksum = f"{sha256(content.getvalue())}  {output.name}\n"
-    output.with_name(f"{output.name}.sha256").write_text(checksum)
+    sizes["zip directory and header"] = len(content.getvalue()) - sum(sizes.values())
+    for what, size in sizes.items():
+        print(f"{size:12,}  {what}")
+
+
+def sizes_by_content(entries: Iterable[zipfile.ZipInfo]) -> Counter[str]:
+    kinds = {"_native": "apsw", "_pyc": "bytecode", account.PLACE: "account and licences"}
+    sizes: Counter[str] = Counter()
+    for entry in entries:
+        top, _, rest = entry.filename.partition("/")
+        kind = kinds.get(top, "sources")
+        if top in ("_native", "_pyc"):
+            kind += f" {rest.partition('/')[0]}"
+        sizes[kind] += entry.compress_size
+    return sizes
 
 
 def header(targets: list[str]) -> str:
@@ -337,3 +341,5 @@ if __name__ == "__main__":
         main()
     except RuntimeError as error:
         sys.exit(f"pack.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("pack.py: interrupted")

@@ -101,8 +101,8 @@ def test_entries_are_sorted_and_have_one_time_and_one_mode(pyz: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def without_git(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from an unpacked release, beside a file that was built before."""
+def without_git(host_only_pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from an unpacked release with the same wheels, beside a file that was built before."""
     tree = copy_of_the_tree(tmp_path_factory.mktemp("release") / "tree", ".git")
     for path in tree.rglob("*"):
         os.utime(path, (1, 1))
@@ -397,7 +397,7 @@ def test_what_is_built_for_glibc_alone_has_less_than_ten_megabytes(tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_build_can_compare_itself_with_a_second_one(tmp_path: Path) -> None:
-    result = build(tmp_path / "nightcrier.pyz", "--host-only", "--offline", "--twice")
+    result = build(tmp_path / "nightcrier.pyz", "--host-only", "--twice")
 
     assert result.returncode == 0, result.stderr
     assert "building again, to compare" in result.stdout

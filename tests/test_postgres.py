@@ -205,8 +205,19 @@ def test_what_fails_for_another_reason_is_rolled_back_and_the_connection_stays(
     assert query(store, "select * from holds") == []
 
 
-def test_transactions_that_cannot_be_put_in_an_order_are_repeated(store: PostgresStore) -> None:
+@pytest.fixture
+def quick_store(schema: str) -> Iterator[PostgresStore]:
+    """On a server that looks for deadlocks at once."""
+    options = "%20-c%20deadlock_timeout%3D10"
+    with contextlib.closing(postgres_store(f"{schema}{options}")) as store:
+        yield store
+
+
+def test_transactions_that_cannot_be_put_in_an_order_are_repeated(
+    quick_store: PostgresStore,
+) -> None:
     """A deadlock, made for real: each holds what the other wants."""
+    store = quick_store
     first, second = a_hold(), a_hold()
     store._database.write(lambda tx: tx.insert("holds", [first, second]))
     met = threading.Barrier(2, timeout=10)

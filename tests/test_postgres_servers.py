@@ -17,7 +17,9 @@ from postgres_servers import PostgresServer, a_postgres, pgbouncer, pip_programs
 
 
 def connect(port: int) -> pg8000.native.Connection:
-    return pg8000.native.Connection("postgres", host="127.0.0.1", port=port, database="postgres")
+    return pg8000.native.Connection(
+        "postgres", host="127.0.0.1", port=port, database="postgres", ssl_context=False
+    )
 
 
 def test_the_shared_server_answers_and_allows_many_connections(postgres_dsn: str) -> None:

@@ -57,6 +57,7 @@ def connect(dsn: str) -> pg8000.native.Connection:
         port=url.port or 5432,
         password=unquote(url.password or "") or None,
         database=unquote(url.path[1:]) or "postgres",
+        ssl_context=False,
     )
 
 

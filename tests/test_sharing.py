@@ -25,9 +25,9 @@ from conftest import (
     LEASE,
     MINUTE,
     NOON,
+    a_new_store,
     an_event,
     an_event_at,
-    an_opener,
     events_of,
     ids,
     query,
@@ -624,8 +624,8 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    with an_opener(request.param, request, tmp_path) as opener:
-        yield opener()
+    with a_new_store(request.param, request, tmp_path) as store:
+        yield store
 
 
 def stored(store: Any) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any, Generic, Self, TypeVar
 from fake_mcp import FakeMCP, a_fault
 from mcp_client import HTTPServer, simulated_clusters
 
-PROGRAM = Path(__file__).parents[1] / "nightcrier.py"
+PROGRAM = Path(__file__).with_name("installed.py")
 DEADLINE = 30.0  # seconds; far more than anything takes
 T = TypeVar("T")
 

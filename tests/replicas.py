@@ -24,7 +24,7 @@ from fake_mcp import FakeMCP, a_fault
 from laws import POSTGRES_LAWS
 from mcp_client import HTTPRequest, HTTPResponder, SimulatedSession
 from postgres_servers import PostgresServer
-from running_program import Clusters, Program, an_agent, eventually
+from running_program import Clusters, Program, an_agent, children, eventually
 
 REPORT = "# Report\n\n## Root Cause\n\nThe disk is full. Confidence: HIGH\n\n" + "x" * 100
 # What was read from a stream is durable after that many seconds, on a machine that has no time.
@@ -146,6 +146,10 @@ class Replica:
     def has_started(self) -> bool:
         return any(" started" in line for line in self.program.err)
 
+    def works(self) -> bool:
+        """Whether its worker has begun: it is the one with a supervisor."""
+        return any(True for _ in children(self.program.process.pid))
+
     @property
     def worker_id(self) -> str:
         return str(json.loads(self.program.wait_for(" started"))["worker_id"])
@@ -196,10 +200,15 @@ class Deployment:
         ]
 
     def start(self) -> None:
-        """Start all of them, and wait until they watch everything in equal shares."""
+        """Start all of them, and wait until they watch everything in equal shares, and work.
+
+        Before, one that loses the server ends.
+        """
         for replica in self.replicas:
             replica.start()
         self.await_shares()
+        for replica in self.replicas:
+            eventually(replica.works, f"{replica.name} at work")
 
     def await_shares(self) -> None:
         count, rest = divmod(len(self.clusters.fakes), len(self.replicas))

@@ -240,3 +240,13 @@ def processes_with(words: str) -> Iterator[int]:
         with contextlib.suppress(OSError):
             if folder.name.isdecimal() and words.encode() in (folder / "cmdline").read_bytes():
                 yield int(folder.name)
+
+
+def children(pid: int) -> Iterator[int]:
+    """Processes that a process has started itself, also those that have ended."""
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdecimal():
+                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                if int(parent) == pid:
+                    yield int(folder.name)

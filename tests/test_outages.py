@@ -104,7 +104,7 @@ def test_while_the_server_is_away_nobody_takes_over_and_nothing_is_lost(
         before, shares = owners(own_postgres), deployment.shares()
         outage = datetime.now(UTC)  # earlier gaps: the first replica up gave clusters to the second
         own_postgres.stop("immediate")
-        time.sleep(1.5 * deployment.lease)  # all leases have run out
+        time.sleep(1.1 * deployment.lease)  # all leases have run out
         told = {f"pod-{number}" for number in range(40)}
         for number, name in enumerate(sorted(told)):
             assert deployment.tell(f"c{number % 4:03}", name)

@@ -18,7 +18,7 @@ from running_program import eventually
 def test_nobody_notices_when_replicas_and_the_server_die(
     own_postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    weather = Weather(faults=150, pause=0.05, between_ends=1.5, ends=2, restarts=1, lease=4.0)
+    weather = Weather(faults=100, pause=0.05, between_ends=0.8, ends=2, restarts=1, lease=3.0)
     damage = storm(
         own_postgres, tmp_path, weather, replicas=3, clusters=12, seed=secrets.randbits(32)
     )
@@ -103,7 +103,7 @@ def test_a_killed_replica_that_comes_back_has_its_clusters_at_once(sharing: Depl
 def test_the_clusters_of_a_killed_replica_are_taken_over_when_its_lease_ends(
     own_postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    with Deployment(own_postgres, tmp_path, replicas=2, clusters=4, lease=3.0) as deployment:
+    with Deployment(own_postgres, tmp_path, replicas=2, clusters=4, lease=2.0) as deployment:
         deployment.start()
         survivor, victim = deployment.replicas
         active = "select count(*) from clusters where connection_state = 'active'"
@@ -118,7 +118,7 @@ def test_the_clusters_of_a_killed_replica_are_taken_over_when_its_lease_ends(
         eventually(lambda: deployment.shares() == {survivor.key: 4})
         assert deployment.watched_twice() == []
         turns = """
-            select w.cluster, earlier.updated_at + interval '3 seconds' <= w.connected_at
+            select w.cluster, earlier.updated_at + interval '2 seconds' <= w.connected_at
             from cluster_watches w join cluster_watches earlier using (cluster)
             where w.owner = :survivor and earlier.owner = :victim
               and earlier.lease_epoch + 1 = w.lease_epoch and w.connected_at > :killed_at"""

@@ -617,7 +617,7 @@ def test_heartbeats_keep_the_lease_of_an_agent_that_outlasts_it(
     (incident,) = benches.store.create_incidents([an_event()])
 
     async def work() -> None:
-        config = benches.config(f"sleep 2.5; {REPORTING}", lease_duration=1)
+        config = benches.config(f"sleep 1.8; {REPORTING}", lease_duration=1)
         async with benches.working(config) as bench:
             await bench.until_ended(1)
             assert bench.incident(incident).attempt == 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import secrets
 import tempfile
@@ -55,6 +56,22 @@ def scratch() -> str:
 
 
 tempfile.tempdir = scratch()  # of pytest's tmp_path as well
+
+
+@pytest.fixture(scope="module")
+def known_objects() -> Iterator[None]:
+    """What is there before the tests of a module is not searched again after each of them."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def leaks_are_found_in_the_test_that_made_them(known_objects: None) -> Iterator[None]:
+    yield
+    gc.collect()
+
 
 NOON = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -17,11 +16,7 @@ from mcp_client import (
     HTTPServer,
 )
 
-
-@pytest.fixture(autouse=True)
-def _leaks_are_found_in_the_test_that_made_them() -> Iterator[None]:
-    yield
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("leaks_are_found_in_the_test_that_made_them")
 
 
 async def demo(request: HTTPRequest, respond: HTTPResponder) -> None:

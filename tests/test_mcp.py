@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import asyncio.sslproto
 import contextlib
-import gc
 import itertools
 import json
 import re
@@ -15,7 +14,7 @@ import ssl
 import subprocess
 import traceback
 import tracemalloc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -77,10 +76,7 @@ from mcp_client import (
 SECRET = "s3cr3t-k3y"
 
 
-@pytest.fixture(autouse=True)
-def _leaks_are_found_in_the_test_that_made_them() -> Iterator[None]:
-    yield
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("leaks_are_found_in_the_test_that_made_them")
 
 
 # ---- The SSE parser ----

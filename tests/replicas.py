@@ -202,13 +202,16 @@ class Deployment:
     def start(self) -> None:
         """Start all of them, and wait until they watch everything in equal shares, and work.
 
-        Before, one that loses the server ends.
+        Before, one that loses the server ends, and the end of one whose watch is not yet in the
+        database leaves no gap.
         """
         for replica in self.replicas:
             replica.start()
         self.await_shares()
         for replica in self.replicas:
             eventually(replica.works, f"{replica.name} at work")
+        active = "select count(*) from clusters where connection_state = 'active'"
+        eventually(lambda: self.server.run(active) == [[len(self.clusters.fakes)]], "all active")
 
     def await_shares(self) -> None:
         count, rest = divmod(len(self.clusters.fakes), len(self.replicas))
@@ -408,6 +411,8 @@ class Storm:
         self.deployment.await_quiet(last)
         for replica in self.deployment.replicas:
             eventually(replica.is_up)
+        still_open = "select cluster from cluster_gaps where restored_at is null"
+        eventually(lambda: self.deployment.server.run(still_open) == [], "every gap has its end")
 
     def _survey(self) -> None:
         run = self.deployment.server.run

@@ -18,9 +18,9 @@ import pytest
 
 import about
 from nightcrier import __version__
-from running_program import PROGRAM, clean_environment, nightcrier
+from running_program import clean_environment, nightcrier
 
-ROOT = PROGRAM.parent
+ROOT = Path(__file__).parents[1]
 BUILD = """
 COMMIT = "32ac62df0e5bbd4b3c9c2ea2a7a0a2b5a1d0c9e8-dirty"
 SOURCE_DATE = "2026-11-25T03:04:05Z"

@@ -832,7 +832,9 @@ def test_a_cache_that_was_named_and_cannot_be_used_is_told_of(pyz, host, path, r
     [
         "mount -t tmpfs -o noexec tmpfs $HOME",
         "mount -t tmpfs -o size=1m tmpfs $HOME",
-        "mount -t tmpfs tmpfs $DB; mount -o remount,bind,ro /",
+        # The home may be on a file system of its own.
+        "mount -t tmpfs tmpfs $DB; mount -o remount,bind,ro /;"
+        " mount --bind $HOME $HOME; mount -o remount,bind,ro $HOME",
     ],
     ids=["a home that is noexec", "a full disk", "a read-only root"],
 )

@@ -202,14 +202,16 @@ class Deployment:
     def start(self) -> None:
         """Start all of them, and wait until they watch everything in equal shares, and work.
 
-        Before, one that loses the server ends, and the end of one whose watch is not yet in the
-        database leaves no gap.
+        Before, one that loses the server ends.
         """
         for replica in self.replicas:
             replica.start()
         self.await_shares()
         for replica in self.replicas:
             eventually(replica.works, f"{replica.name} at work")
+
+    def await_records(self) -> None:
+        """Until the database knows of all watches: the end of another one leaves no gap."""
         active = "select count(*) from clusters where connection_state = 'active'"
         eventually(lambda: self.server.run(active) == [[len(self.clusters.fakes)]], "all active")
 
@@ -464,6 +466,7 @@ def storm(
     )
     with deployment:
         deployment.start()
+        deployment.await_records()
         damage = Storm(deployment, weather, seed).blow()
         print(damage, flush=True)
         codes = deployment.stop()

@@ -105,6 +105,7 @@ def test_the_clusters_of_a_killed_replica_are_taken_over_when_its_lease_ends(
 ) -> None:
     with Deployment(own_postgres, tmp_path, replicas=2, clusters=4, lease=2.0) as deployment:
         deployment.start()
+        deployment.await_records()
         survivor, victim = deployment.replicas
         theirs = {
             name

@@ -101,6 +101,7 @@ class Host:
             capture_output=True,
             text=True,
             check=False,
+            timeout=120,  # of a start that waits for ever
         )
 
     def runs(self, *command: str | Path, umask: int = 0o022, **environment: str) -> str:
@@ -237,6 +238,46 @@ def test_the_exit_code_of_a_failing_command_passes_through(pyz, host, tmp_path):
 
     assert host.run(pyz, "no-such-command").returncode == 2
     assert host.run(pyz, *host.migrate).returncode == 4
+
+
+@pytest.mark.parametrize(
+    "closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"], ids=["stdin", "stdout", "stderr", "all"]
+)
+def test_it_runs_without_standard_streams_and_opens_nothing_in_their_place(
+    pyz, host, tmp_path, closed
+):
+    look = f"""if True:
+        import atexit, os
+
+        def look():
+            opened = [os.readlink(f"/proc/self/fd/{{number}}") for number in range(3)]
+            with open({str(tmp_path / "opened")!r}, "w") as file:
+                file.write("\\n".join(opened))
+
+        atexit.register(look)
+    """
+    redirected = ["sh", "-c", f'exec "$@" {closed}', "sh", "python3", pyz]
+
+    host.runs(*redirected, *host.migrate, **host.patch(look))
+
+    opened = (tmp_path / "opened").read_text().splitlines()
+    assert "/dev/null" in opened
+    assert [file for file in opened if str(tmp_path) in file or ".pyz" in file] == []
+
+
+def test_ctrl_c_during_the_imports_ends_it_without_a_word(pyz, host):
+    press_it = """if True:
+        import signal, sys
+
+        def press(event, arguments):
+            if event == "import" and arguments[0] == "settings":
+                signal.raise_signal(signal.SIGINT)
+
+        sys.addaudithook(press)
+    """
+    result = host.run("python3", pyz, *host.migrate, **host.patch(press_it))
+
+    assert (result.returncode, result.stderr) == (130, "")
 
 
 # --- What it says of itself ---
@@ -610,7 +651,12 @@ def altered(file: Path) -> None:
     file.write_bytes(content)
 
 
-SPOILED = [writable_by_the_group, writable_by_all, moved_behind_a_symlink]
+def replaced_by_a_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+SPOILED = [writable_by_the_group, writable_by_all, moved_behind_a_symlink, replaced_by_a_fifo]
 SPOILED += [cut_short, emptied, made_longer, altered]
 
 
@@ -909,6 +955,11 @@ def test_what_was_not_used_for_a_month_goes_with_the_next_first_start(bare, host
         ".hidden": 400,
     }
     host.cache.mkdir(parents=True, mode=0o700)
+    # What cannot be removed does not keep the others there, wherever it comes among them.
+    stuck = [f"apsw-cp31{minor}-linux-gnu-x86_64-{digest}.so" for minor in range(20, 36)]
+    for name in stuck:
+        (host.cache / name).mkdir()
+        os.utime(host.cache / name, times=(0, 0))
     for name, days in (old | kept).items():
         (host.cache / name).touch()
         os.utime(host.cache / name, times=(0, time.time() - days * DAY))

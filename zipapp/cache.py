@@ -30,7 +30,7 @@ class Cache:
     def open(self, name: str) -> int | None:
         """A descriptor of the file, if it is there and nobody else could have written it."""
         try:
-            file = self._open(name, os.O_RDONLY)
+            file = self._open(name, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would keep us waiting
         except OSError:
             return None
         status = os.fstat(file)
@@ -56,7 +56,8 @@ class Cache:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=self._directory)
             raise
-        self._prune()
+        with contextlib.suppress(OSError):
+            self._prune()
 
     def read_checked(self, name: str) -> bytes | None:
         """What write_checked() wrote, unless a crash or an accident has changed it."""
@@ -80,9 +81,9 @@ class Cache:
         import re
 
         kept = {OURS: KEPT_UNUSED, TEMPORARY: LEFTOVER}
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self._directory):
-                for pattern, seconds in kept.items():
+        for name in os.listdir(self._directory):
+            for pattern, seconds in kept.items():
+                with contextlib.suppress(OSError):  # another start was quicker
                     if re.fullmatch(pattern, name) and self._age(name) > seconds:
                         os.unlink(name, dir_fd=self._directory)
 

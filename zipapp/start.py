@@ -3,7 +3,7 @@
 It parses on every Python since 2.7, so that an old one gets one line instead of a SyntaxError.
 """
 
-# ruff: noqa: RUF005, UP031, UP036, S603, S606 - the language is that of Python 2.7
+# ruff: noqa: RUF005, SIM115, UP031, UP036, S603, S606 - the language is that of Python 2.7
 import os
 import sys
 
@@ -11,6 +11,14 @@ MISSING_DEPENDENCY = 5  # the program's own exit code for it
 
 
 def main():
+    try:
+        start()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def start():
+    open_closed_streams()
     if sys.version_info < (3, 11):
         start_another_python()
     if sys.version_info < (3, 11) or sys.implementation.name != "cpython" or os.name != "posix":
@@ -29,6 +37,13 @@ def main():
     except ImportError as error:  # the archive is damaged
         stop("cannot start: %s" % error)
     nightcrier.console_main()
+
+
+def open_closed_streams():
+    """Else the archive would get the descriptor of one, and who prints would find a None there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def refuse(reason):

@@ -314,11 +314,12 @@ def test_version_says_the_sqlite_that_the_file_brings(pyz, host):
     assert printed == "True\n"
 
 
-def test_version_prints_the_licences_and_the_bill_of_materials_of_the_file(pyz, host):
+@every_python
+def test_version_prints_the_licences_and_the_bill_of_materials_of_the_file(pyz, host, python):
     locked = re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M)
-    printed = host.runs(pyz, "version", "--licenses")
+    printed = host.runs(python, pyz, "version", "--licenses")
     headings = re.findall(r"^==== (\S+) (\S+): .* ====$", printed, re.M)
-    components = json.loads(host.runs(pyz, "version", "--sbom"))["components"]
+    components = json.loads(host.runs(python, pyz, "version", "--sbom"))["components"]
 
     wanted = {(name.lower(), version) for name, version in locked}
     assert {(name.lower(), version) for name, version in headings} >= wanted

@@ -59,7 +59,7 @@ class Archive:
         file = os.path.join(self.archive, source)
         spec = ModuleSpec(name, self, origin=file)  # type: ignore[arg-type]
         spec.has_location = True
-        if source.endswith("/__init__.py"):
+        if self.is_package(name):
             spec.submodule_search_locations = [os.path.dirname(file)]
         return spec
 
@@ -105,6 +105,10 @@ class Archive:
         from importlib.readers import ZipReader
 
         return ZipReader(self, name)  # type: ignore[arg-type]
+
+    def is_package(self, name: str) -> bool:
+        """That reader asks for it since Python 3.13."""
+        return self._source(name).endswith("/__init__.py")
 
     def _source(self, name: str) -> str:
         """The module's path inside the archive: yaml.nodes is yaml/nodes.py."""

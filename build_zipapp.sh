@@ -31,6 +31,7 @@
 # in the file are that of the commit, or SOURCE_DATE_EPOCH.
 set -euo pipefail
 
+unset CDPATH # with it, cd prints where it went
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=python3 output=$root/dist/nightcrier.pyz twice=''
 pack=(-B "$root/zipapp/pack.py")
@@ -57,10 +58,15 @@ executable=$("$python" -c 'import sys; print(sys.executable if sys.version_info 
 [[ $executable ]] || die "needs Python 3.11 or newer, and $python is older; name one with --python" 5
 "$executable" -c 'import lzma, zlib' 2>/dev/null || die "$python has no lzma; name another with --python" 5
 
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 name=$(basename "$output")
-sums=$(dirname "$output")/SHA256SUMS
+mkdir -p "$(dirname "$output")"
+dist=$(cd "$(dirname "$output")" && pwd)
+output=$dist/$name sums=$dist/SHA256SUMS
+
+# Beside the output: what is done gets there at once, and a /tmp may forbid to run what is in it.
+work=$(mktemp -d "$dist/.building-XXXXXX")
+trap 'rm -rf "$work"' EXIT
+export TMPDIR=$work
 
 # Writes SHA256SUMS: the lines of other files, and those that are given.
 write_sums() {
@@ -72,7 +78,6 @@ write_sums() {
     mv "$work/sums" "$sums"
 }
 
-mkdir -p "$(dirname "$output")"
 rm -f "$output" # what is there at the end is what this build made
 [[ ! -e $sums ]] || write_sums
 "$executable" "${pack[@]}" --output "$work/$name" --pythons-file "$work/pythons"

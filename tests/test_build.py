@@ -21,6 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,7 +118,8 @@ def without_git(host_only_pyz: Path, tmp_path_factory: pytest.TempPathFactory) -
     (dist / "nightcrier-slim.pyz").write_bytes(b"")
     (dist / "SHA256SUMS").write_text(f"{OTHER_SUM}{'1' * 64}  nightcrier.pyz\n")
     options = ("--host-only", "--offline", "--wheels", WHEELS)
-    return built(dist / "nightcrier.pyz", *options, tree=tree, SOURCE_DATE_EPOCH=EPOCH)
+    environment = {"SOURCE_DATE_EPOCH": EPOCH, "TMPDIR": "/nonexistent"}
+    return built(dist / "nightcrier.pyz", *options, tree=tree, **environment)
 
 
 def test_a_tree_without_git_gives_a_file_without_a_commit(without_git: Path) -> None:
@@ -128,6 +130,51 @@ def test_a_tree_without_git_gives_a_file_without_a_commit(without_git: Path) -> 
     assert account.SOURCE_DATE == "2023-11-14T22:13:20Z"
     with zipfile.ZipFile(without_git) as archive:
         assert archive.infolist()[0].date_time == (2023, 11, 14, 22, 13, 20)
+
+
+@pytest.fixture
+def account_of_a_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """account.py, with a tree of which git refuses to tell anything."""
+    monkeypatch.syspath_prepend(ROOT / "zipapp")
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    import account
+
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(account, "ROOT", tmp_path)
+    account.checkout.cache_clear()
+    yield account
+    account.checkout.cache_clear()
+
+
+def test_a_checkout_that_git_does_not_tell_of_is_warned_of(
+    account_of_a_tree: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (account_of_a_tree.checkout(), account_of_a_tree.source_date()) == (("", 0), 0)
+    [line] = capsys.readouterr().err.splitlines()
+    begin = "WARNING: the file will not know its commit and the time of it: "
+    assert line.startswith(f"{begin}fatal: not a git repository")
+
+    monkeypatch.setenv("PATH", "/nonexistent")
+    account_of_a_tree.checkout.cache_clear()
+    assert account_of_a_tree.checkout() == ("", 0)
+    assert "No such file or directory: 'git'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["yesterday", "-1", "4354819200"])
+def test_a_source_date_that_no_archive_can_have_is_refused(
+    account_of_a_tree: Any, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", given)
+
+    with pytest.raises(RuntimeError, match=f"no time that a zip archive can have: {given}"):
+        account_of_a_tree.source_date()
+
+
+def test_it_is_built_beside_the_output_and_leaves_nothing_else_there(without_git: Path) -> None:
+    """Not in /tmp, where programs may not be allowed to run."""
+    files = {path.name for path in without_git.parent.iterdir()}
+
+    assert files == {"nightcrier.pyz", "nightcrier-slim.pyz", "SHA256SUMS"}
 
 
 def test_its_checksum_is_beside_it_among_those_of_other_files(without_git: Path) -> None:

@@ -6,10 +6,12 @@ nightcrier_build/LICENSES/<name>/<file>   of nightcrier, of each package, and of
 """
 
 # ruff: noqa: S603 — it runs git, and Pythons that the build has found
+import functools
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 import tomllib
@@ -25,6 +27,7 @@ PLACE = "nightcrier_build"
 LICENCE = re.compile(r"[^/]+\.dist-info/(licenses/(?P<new>.+)|(?P<old>(LICEN|COPYING|NOTICE).*))")
 MORE_LICENCES = Path(__file__).parent / "licences"  # of what is inside a wheel without its text
 LICENCE_IDS = {"BSD 3-Clause License": "BSD-3-Clause", "MIT": "MIT", "any-OSI": "any-OSI"}
+LATEST_ZIP_DATE = 4354819199  # 2107-12-31
 ASK_SQLITE = """import json, sys
 sys.path.insert(0, sys.argv[1])
 import apsw
@@ -59,32 +62,38 @@ def account_files(account: Account, wheels: list[Wheel]) -> dict[str, bytes]:
 
 
 def git(*arguments: str) -> str:
-    """What git says of this checkout; nothing without one, or in that of another project."""
-    command = ["git", "-C", str(ROOT), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except OSError as error:
+        raise RuntimeError(str(error)) from error
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(error.stderr.partition("\n")[0]) from error
 
 
-def is_checkout() -> bool:
-    top = git("rev-parse", "--show-toplevel")
-    return bool(top) and Path(top).resolve() == ROOT
-
-
-def commit() -> str:
-    if not is_checkout():
-        return ""
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+@functools.cache
+def checkout() -> tuple[str, int]:
+    """The commit, with -dirty if tracked files were changed, and when it was made."""
+    if not (ROOT / ".git").exists():  # that of another project may be around it
+        return "", 0
+    try:
+        seconds, commit = git("rev-list", "--max-count=1", "--timestamp", "HEAD").split()
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except RuntimeError as error:  # there is no git, or the checkout belongs to another user
+        warning = "WARNING: the file will not know its commit and the time of it"
+        print(f"{warning}: {error}", file=sys.stderr)
+        return "", 0
+    return commit + ("-dirty" if changed else ""), int(seconds)
 
 
 def source_date() -> int:
     """Whoever builds a commit gets the same times in the archive."""
-    if given := os.environ.get("SOURCE_DATE_EPOCH"):
-        return int(given)
-    return int((is_checkout() and git("log", "-1", "--format=%ct")) or 0)
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    if not given:
+        return checkout()[1]
+    if not given.isdecimal() or int(given) > LATEST_ZIP_DATE:
+        raise RuntimeError(f"SOURCE_DATE_EPOCH is no time that a zip archive can have: {given}")
+    return int(given)
 
 
 def iso(seconds: int) -> str:

@@ -131,7 +131,7 @@ def make_account(
     else:
         print("no Python here runs an apsw of this file: it will not know its SQLite")
     return account.Account(
-        commit=account.commit(),
+        commit=account.checkout()[0],
         source_date=account.iso(account.source_date()),
         sqlite=sqlite[0],
         sqlite_options=sqlite[1],

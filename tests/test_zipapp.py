@@ -273,6 +273,7 @@ def test_ctrl_c_during_the_imports_ends_it_without_a_word(pyz, host):
             if event == "import" and arguments[0] == "settings":
                 signal.raise_signal(signal.SIGINT)
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
         sys.addaudithook(press)
     """
     result = host.run("python3", pyz, *host.migrate, **host.patch(press_it))

@@ -256,7 +256,7 @@ def test_it_runs_without_standard_streams_and_opens_nothing_in_their_place(
 
         atexit.register(look)
     """
-    redirected = ["sh", "-c", f'exec "$@" {closed}', "sh", "python3", pyz]
+    redirected = ["sh", "-c", f'exec "$@" {closed}', "sh", "python3", "-W", "error", pyz]
 
     host.runs(*redirected, *host.migrate, **host.patch(look))
 

@@ -43,7 +43,8 @@ def open_closed_streams():
     """Else the archive would get the descriptor of one, and who prints would find a None there."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
+            nothing = os.open(os.devnull, os.O_RDWR)  # to stay open at the end, as Python's own
+            setattr(sys, name, open(nothing, mode, closefd=False))
 
 
 def refuse(reason):

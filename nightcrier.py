@@ -2596,6 +2596,8 @@ def cmd_check(args: argparse.Namespace) -> int:
         ("database", lambda: _check_store(config)),
         ("workspaces", lambda: must_be_writable(config.workspace_root.absolute())),
     ]
+    if config.role is not Role.WORKER or config.postgres is None:  # the spool is SQLite, too
+        checks.insert(0, ("sqlite", sql_database.load_sqlite))
     if config.role is not Role.INGEST:
         checks.append(("agent", lambda: find_agent(config)))
     if config.role is not Role.WORKER and config.postgres is not None:

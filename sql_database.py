@@ -764,12 +764,20 @@ _PRAGMAS = (
 )
 
 
-def connect_sqlite(path: Path) -> apsw.Connection:
-    """Open a database file, make it if it is missing (mode 0640, in directories of mode 0750)."""
+def load_sqlite() -> str:
+    """Have SQLite, whose version is returned, or raise DriverMissing."""
     try:
         import apsw
     except ImportError as error:
         raise DriverMissing(f"the package apsw cannot be loaded: {error}") from error
+    return apsw.sqlite_lib_version()
+
+
+def connect_sqlite(path: Path) -> apsw.Connection:
+    """Open a database file, make it if it is missing (mode 0640, in directories of mode 0750)."""
+    load_sqlite()
+    import apsw
+
     try:
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         # SQLite would make it with the umask's mode; -wal and -shm take after it. A file that is
@@ -1133,6 +1141,7 @@ class MirroredDatabase:
         advice: str,
     ) -> None:
         """`advice`: what to do if another process has the files."""
+        load_sqlite()
         self._root = root
         self._file_name = file_name
         self._tables = tables

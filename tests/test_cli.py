@@ -223,6 +223,7 @@ def test_check_has_a_line_for_each_thing_and_connects_to_the_clusters(
     names = [line.partition(":")[0] for line in done.stdout.splitlines()]
     assert names == [
         "ok    configuration",
+        "ok    sqlite",
         "ok    database",
         "ok    workspaces",
         "ok    agent",
@@ -253,6 +254,22 @@ def test_a_missing_agent_is_exit_code_5(clusters: Clusters, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
     done = nightcrier("check", "--offline", *clusters.flags("alpha"), *agent, cwd=tmp_path)
     assert done.returncode == 5
+
+
+STORES = [[], ["--state-store", "filesystem"]]
+
+
+@pytest.mark.parametrize("store", STORES, ids=["SQLite", "files"])
+def test_a_host_without_sqlite_is_exit_code_5(store: list[str], tmp_path: Path) -> None:
+    (tmp_path / "apsw.py").write_text("raise ImportError('not for this host')\n")
+    words = ["--cluster", "a=http://127.0.0.1:1/mcp", *TRUE_AGENT, *store]
+    done = nightcrier("check", "--offline", *words, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 5
+    assert "FAIL  sqlite: the package apsw cannot be loaded: not for this host\n" in done.stdout
+    done = nightcrier("run", *words, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 5
+    said = "nightcrier: the package apsw cannot be loaded: not for this host"
+    assert done.stderr.splitlines()[-1] == said
 
 
 # ---- Database ----

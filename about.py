@@ -1,6 +1,6 @@
 """What this program is made of, as `nightcrier version` tells it, and how all of it is loaded.
 
-In the .pyz everything is known before: pack.py wrote it into the package `nightcrier_build`, so
+In the .pyz everything is known before: account.py wrote it into the package `nightcrier_build`, so
 that an answer loads no library. An installation asks the metadata of its packages, and SQLite.
 
 Nothing here knows of incidents.
@@ -68,7 +68,7 @@ def preload(*, postgres: bool) -> None:
 
 
 def _build() -> ModuleType | None:
-    """What pack.py says of the archive that this program runs from."""
+    """What the build says of the archive that this program runs from."""
     try:
         return importlib.import_module("nightcrier_build")
     except ModuleNotFoundError:
@@ -156,7 +156,7 @@ _SETTINGS = (
 
 def _sqlite_rows(build: ModuleType | None) -> Iterator[tuple[str, str]]:
     options: Sequence[str]
-    if build is not None:
+    if build is not None and build.SQLITE:  # unknown if nothing of it runs where it was built
         version, options = build.SQLITE, build.SQLITE_OPTIONS
     else:
         try:

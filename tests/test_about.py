@@ -34,7 +34,7 @@ PACKAGES = {"h11": "9.9.9", "apsw": "9.9.9.0", "PyYAML": "9.9"}
 
 @pytest.fixture
 def build(tmp_path: Path) -> Path:
-    """What pack.py puts into the .pyz, in an archive of its own."""
+    """What the build puts into the .pyz, in an archive of its own."""
     path = tmp_path / "build.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("nightcrier_build/__init__.py", BUILD)
@@ -84,6 +84,14 @@ def test_a_build_without_a_commit_says_so(tmp_path: Path) -> None:
         archive.writestr("nightcrier_build/__init__.py", unknown)
     first = version(cwd=tmp_path, path=tmp_path / "other.zip").splitlines()[0]
     assert first.endswith(" (commit unknown, 2026-11-25)")
+
+
+def test_a_build_for_other_hosts_asks_sqlite_itself(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        unknown = re.sub(r"(SQLITE\w*) = .*", r"\1 = ()", BUILD)
+        archive.writestr("nightcrier_build/__init__.py", unknown)
+    lines = version(cwd=tmp_path, path=tmp_path / "other.zip").splitlines()
+    assert f"sqlite           {apsw.sqlite_lib_version()}" in lines
 
 
 @pytest.mark.parametrize("words", [[], ["--licenses"], ["--sbom"]])

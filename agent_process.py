@@ -7,8 +7,7 @@
 3. Agents: how each kind is run, what it is given, and what it says of its usage.
 4. What was left: files where a program could put anything, and their place in the next run.
 
-Nothing here knows of incidents. nightcrier.py uses this module for its section 5; it imports
-nothing from there.
+Nothing here knows of incidents. nightcrier.py uses this module; it imports nothing from there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the demo plays and shows: faults of simulated clusters, a stub of an agent, a table.
 
-The stub knows what any agent knows, the file incident.json. nightcrier.py uses this module in its
-section 9; it imports nothing from there.
+The stub knows what any agent knows, the file incident.json. nightcrier.py uses this module; it
+imports nothing from there.
 """
 
 from __future__ import annotations

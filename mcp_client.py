@@ -5,7 +5,7 @@
 2. A small HTTP server, for health endpoints and for 3.
 3. Simulated clusters that do what a real events-capable server was seen to do.
 
-nightcrier.py uses this module in its sections 4, 8 and 9; it imports nothing from there.
+nightcrier.py uses this module; it imports nothing from there.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ _COMMENT = (b":", _BOM + b":")  # what a line starts with that says nothing
 
 
 class SSEParser:
-    """Bytes in, events out: HTML standard, section 9.2.6 "Interpreting an event stream".
+    """Bytes in, events out: HTML standard, 9.2.6 "Interpreting an event stream".
 
     Differs in that a block without data is reported when it has an id or a retry time (a priming
     event), and that an event larger than `max_event_bytes` is skipped up to its end, and reported.

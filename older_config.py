@@ -1,7 +1,7 @@
 """Keys of the existing nightcrier's configuration; nothing here knows of incidents.
 
 They have another name in this one, or no effect, and a message says why. nightcrier.py uses this
-module in its section 2; it imports nothing from there.
+module; it imports nothing from there.
 """
 
 from __future__ import annotations

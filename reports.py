@@ -1,7 +1,7 @@
 """Reports in Markdown: what people see first of one; nothing here knows of incidents.
 
 Reports are untrusted text: none is an error, and none takes longer to read than its length allows.
-nightcrier.py uses this module for its section 6; it imports nothing from there.
+nightcrier.py uses this module; it imports nothing from there.
 """
 
 from __future__ import annotations

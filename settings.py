@@ -6,7 +6,7 @@
 3. The file: YAML that knows on which line a value stands.
 4. Reading: flag over environment over file over default, with every mistake at once.
 
-nightcrier.py uses this module for its section 2; it imports nothing from there.
+nightcrier.py uses this module; it imports nothing from there.
 """
 
 from __future__ import annotations

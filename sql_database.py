@@ -143,9 +143,9 @@ def parse_time(text: str) -> datetime | None:
 
 
 class _UUID7:
-    """UUIDv7 (RFC 9562 section 5.7) that only grow within a process.
+    """UUIDv7 (RFC 9562, 5.7) that only grow within a process.
 
-    `rand_a` holds the fraction of the millisecond (section 6.2, method 3); where the clock stands
+    `rand_a` holds the fraction of the millisecond (there 6.2, method 3); where the clock stands
     still or goes back, the last value is counted up.
     """
 

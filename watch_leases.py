@@ -2,7 +2,7 @@
 
 A cluster must be watched by one replica: each event would be two incidents otherwise. Watching is
 a lease on the cluster's row; here is what the rows mean, and what a replica decides from them.
-state_store.py reads and writes the rows, and nightcrier.py acts on the decisions (section 4).
+state_store.py reads and writes the rows, and nightcrier.py acts on the decisions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Section 9 and agent_process.py: what an agent gets, its limits, and what it leaves.
+"""Agents, and agent_process.py: what an agent gets, its limits, and what it leaves.
 
 Every agent here is a real process, started by a real supervisor.
 """

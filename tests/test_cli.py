@@ -1,4 +1,4 @@
-"""Section 14: every command as its own process, as a person or a unit file starts it."""
+"""Every command as its own process, as a person or a unit file starts it."""
 
 from __future__ import annotations
 

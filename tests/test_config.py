@@ -1,4 +1,4 @@
-"""Section 3 and settings.py: one table of options; file, variable, flag; every mistake at once."""
+"""Configuration and settings.py: one table; file, variable, flag; every mistake at once."""
 
 from __future__ import annotations
 

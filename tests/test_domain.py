@@ -1,4 +1,4 @@
-"""Section 2: values and decisions without I/O."""
+"""incidents.py, and what it is made of: values and decisions without I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sql_database.py section 5: calls that wait at the same time are made as one."""
+"""sql_database.py: calls that wait at the same time are made as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 12: what operators and their tools ask over HTTP."""
+"""What operators and their tools ask over HTTP."""
 
 from __future__ import annotations
 

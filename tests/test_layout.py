@@ -74,6 +74,18 @@ def test_sections_are_numbered_in_order_and_named_as_the_top_of_the_file_names_t
         assert re.search(line, top, re.IGNORECASE), name
 
 
+def test_texts_do_not_call_sections_by_their_numbers() -> None:
+    """Which change when one moves to a module of its own: a name can still be found."""
+    places = ("*.py", "*.md", "tests/**/*.py", "zipapp/*.py")
+    files = {path for place in places for path in ROOT.glob(place)} - {Path(__file__)}
+    found = [
+        f"{path.name}: {line}"
+        for path in sorted(files)
+        for line in re.findall(r".*\bsections? \d+.*", path.read_text(), re.IGNORECASE)
+    ]
+    assert found == []
+
+
 @MODULES
 def test_sections_use_only_the_sections_above_them_and_private_names_stay_in_theirs(
     path: Path,

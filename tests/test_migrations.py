@@ -1,4 +1,4 @@
-"""Section 5, on SQLite: every database ends at the same schema, or is refused and left alone."""
+"""Migrations on SQLite: every database ends at the same schema, or is refused and left alone."""
 
 from __future__ import annotations
 

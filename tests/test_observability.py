@@ -1,4 +1,4 @@
-"""Section 4 and logs.py: one event, one line; no secret, no control character gets into it."""
+"""logs.py: one event, one line; no secret, no control character gets into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sql_database.py section 10: PostgreSQL when connections, servers and commits are lost.
+"""sql_database.py: PostgreSQL when connections, servers and commits are lost.
 
 That it keeps the contract of every store is in test_stores.py.
 """

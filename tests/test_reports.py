@@ -1,4 +1,4 @@
-"""Section 10 and reports.py: what is read from a report for its headline."""
+"""reports.py: what is read from a report for its headline."""
 
 from __future__ import annotations
 

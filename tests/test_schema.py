@@ -1,4 +1,4 @@
-"""Section 5, on both engines: the same migrations make the same schema."""
+"""The schema on both engines: the same migrations make the same schema."""
 
 from __future__ import annotations
 

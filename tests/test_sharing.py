@@ -1,4 +1,4 @@
-"""Section 8: several replicas on one database: spool, forwarding, and who watches what."""
+"""Several replicas on one database: spool, forwarding, and who watches what."""
 
 from __future__ import annotations
 

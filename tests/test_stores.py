@@ -1,4 +1,4 @@
-"""Section 6: the contract that every StateStore keeps, and what each of them adds.
+"""state_store.py: the contract that every StateStore keeps, and what each of them adds.
 
 Tests with the fixture `store` or `open_again` run on every store. What a store cannot promise is a
 capability that it declares (`shared_between_processes`, `batches_are_atomic`).

@@ -1,4 +1,4 @@
-"""Section 8: the inbox, and the watch of clusters on a real HTTP server with bad habits."""
+"""The inbox, and the watch of clusters on a real HTTP server with bad habits."""
 
 from __future__ import annotations
 

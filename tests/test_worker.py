@@ -1,4 +1,4 @@
-"""Section 11: from a claim to an outcome, with a real store and real agents."""
+"""The worker: from a claim to an outcome, with a real store and real agents."""
 
 from __future__ import annotations
 

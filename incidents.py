@@ -4,6 +4,7 @@
 2. Incidents: a fault event, how far its investigation is, and what is kept of both.
 3. Notifications: a fault event is read from what a server sent; its texts are storable.
 4. Queue: which lane an event waits in, and how long at most.
+5. Document: an incident as its agent gets it, in incident.json.
 
 state_store.py keeps these values, and nightcrier.py acts on them; nothing here imports either.
 """
@@ -18,7 +19,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from fair_queue import MINUTE
-from sql_database import clean_text, new_id, parse_time, storable_json
+from sql_database import clean_text, format_time, new_id, parse_time, storable_json
 
 # ============================================================================
 # 1. Errors
@@ -425,3 +426,43 @@ lane_of = operator.attrgetter("cluster", "severity")  # of the queue, for an eve
 def microseconds(moment: datetime) -> int:
     """The unit of queue_key."""
     return int(moment.timestamp() * 1_000_000)
+
+
+# ============================================================================
+# 5. Document
+# Agents and people's scripts read it: keys and words stay as they are.
+# ============================================================================
+
+
+def _shown(moment: datetime | None) -> str | None:
+    return None if moment is None else format_time(moment)
+
+
+def incident_document(incident: Incident) -> dict[str, Any]:
+    """An incident as `incident.json` shows it: keys and status words of the existing nightcrier."""
+    event = incident.event
+    words = {IncidentStatus.RUNNING: "investigating"}
+    return {
+        "incidentId": incident.incident_id,
+        "faultId": event.fault_fingerprint,
+        "triggeringEventId": event.fault_fingerprint,
+        "status": words.get(incident.status, incident.status.lower()),
+        "createdAt": format_time(incident.created_at),
+        "startedAt": _shown(incident.started_at),
+        "completedAt": _shown(incident.completed_at),
+        "exitCode": incident.exit_code,
+        "failureReason": incident.failure_reason,
+        "cluster": event.cluster,
+        "namespace": event.resource_namespace,
+        "resource": {
+            "apiVersion": event.resource_api_version,
+            "kind": event.resource_kind,
+            "namespace": event.resource_namespace,
+            "name": event.resource_name,
+            "uid": event.resource_uid,
+        },
+        "faultType": event.fault_type,
+        "severity": event.severity,
+        "context": event.context,
+        "timestamp": _shown(event.occurred_at),
+    }

@@ -116,6 +116,7 @@ from incidents import (
     TriageReport,
     WorkerRecord,
     as_mapping,
+    incident_document,
     parse_event,
 )
 from logs import Throttle, one_line, redact, setup_logging
@@ -152,7 +153,6 @@ from state_store import (
     Spool,
     SQLiteStore,
     StateStore,
-    incident_document,
 )
 from watch_leases import WatchView, plan_watches, received_by_another
 

@@ -49,6 +49,7 @@ from incidents import (
     Transition,
     TriageReport,
     WorkerRecord,
+    incident_document,
     lane_of,
     microseconds,
 )
@@ -102,8 +103,7 @@ def as_stored(value: object) -> object:
 
 
 def params_of(item: Any, fields: Sequence[str]) -> dict[str, Any]:
-    values = {name: getattr(item, name) for name in fields}
-    return {k: format_time(v) if isinstance(v, datetime) else v for k, v in values.items()}
+    return {name: as_stored(getattr(item, name)) for name in fields}
 
 
 _ENUMS: Mapping[str, Callable[[Any], Any]] = {
@@ -1160,6 +1160,9 @@ class StateStore(IncidentQueries, ListQueries, ClusterQueries, WatchQueries, _Ho
     Methods are synchronous and may be called from any thread. What they wrote is durable when
     they return. StoreUnavailable means that nothing was written and that trying again may work;
     of CommitUnknown, a kind of it, only the second is certain.
+
+    The program does not call all of them yet: `list_transitions`, `list_executions`, `prune` and
+    `backup` are parts of the contract that only tests use.
     """
 
     shared_between_processes: ClassVar[bool] = True  # several processes may use it at once
@@ -1190,36 +1193,6 @@ class PostgresStore(StateStore):
         except BaseException:
             database.close()
             raise
-
-
-def incident_document(incident: Incident) -> dict[str, Any]:
-    """An incident as `incident.json` shows it: keys and status words of the existing nightcrier."""
-    event = incident.event
-    words = {IncidentStatus.RUNNING: "investigating"}
-    return {
-        "incidentId": incident.incident_id,
-        "faultId": event.fault_fingerprint,
-        "triggeringEventId": event.fault_fingerprint,
-        "status": words.get(incident.status, incident.status.lower()),
-        "createdAt": as_stored(incident.created_at),
-        "startedAt": as_stored(incident.started_at),
-        "completedAt": as_stored(incident.completed_at),
-        "exitCode": incident.exit_code,
-        "failureReason": incident.failure_reason,
-        "cluster": event.cluster,
-        "namespace": event.resource_namespace,
-        "resource": {
-            "apiVersion": event.resource_api_version,
-            "kind": event.resource_kind,
-            "namespace": event.resource_namespace,
-            "name": event.resource_name,
-            "uid": event.resource_uid,
-        },
-        "faultType": event.fault_type,
-        "severity": event.severity,
-        "context": event.context,
-        "timestamp": as_stored(event.occurred_at),
-    }
 
 
 def _document_of(tx: Transaction, incident_id: str) -> dict[str, Any] | None:

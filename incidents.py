@@ -301,6 +301,23 @@ class WorkerRecord:
     state: str = "running"  # running | draining | stopped
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """Something to tell people, as it waits in the outbox for one sink (table `notifications`).
+
+    `attempt` counts the claims, and is the fencing token of the one that holds it.
+    """
+
+    notification_id: str
+    incident_id: str | None
+    kind: str
+    sink: str
+    payload: str
+    attempt: int
+    created_at: datetime
+    claimed_by: str | None = None
+
+
 # ============================================================================
 # 3. Notifications
 # What a server sends is untrusted: what is missing is empty, and what is too long is cut off.

@@ -10,7 +10,8 @@ keeps events, incidents, executions and reports in SQL. The table `incidents` is
 How a fault becomes a report: a `ClusterWatcher` reads it from its MCP stream and hands it to the
 `Inbox`; the inbox commits what all streams gathered in one transaction of the `StateStore`; the
 `Worker` claims the incident under a lease, makes a workspace, has the `Supervisor` start the
-agent, judges what the agent left, and writes the outcome in one transaction.
+agent, judges what the agent left, and writes the outcome in one transaction, with what people are
+to be told of it; the `Notifier` tells them.
 
 Replicas on several hosts share a PostgreSQL database: `WatchLeases` decides which of them watches
 which cluster, and what arrives while the database is away waits in the `Spool`, from which the
@@ -28,11 +29,12 @@ It is to be read from top to bottom: a section uses only the sections above it, 
 leading underscore stays in its section. Modules are in layers in the same way: this one uses
 state_store.py, both use incidents.py, and what knows no incidents is below them: settings.py,
 older_config.py, logs.py, sql_database.py, fair_queue.py, watch_leases.py, mcp_client.py,
-agent_process.py, reports.py, demo_script.py and about.py (tests/test_layout.py holds all of that).
+agent_process.py, reports.py, notifications.py, demo_script.py and about.py (tests/test_layout.py
+holds all of that).
 
-    1 Errors            4 Cluster watch   7 Worker     10 Daemon and command line
-    2 Configuration     5 Agent           8 HTTP
-    3 State store       6 Reports         9 Demo
+    1 Errors            4 Cluster watch               7 Worker     10 Daemon and command line
+    2 Configuration     5 Agent                       8 HTTP
+    3 State store       6 Reports and notifications   9 Demo
 """
 
 from __future__ import annotations
@@ -70,11 +72,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import about
 import demo_script
 import mcp_client
+import notifications
 import older_config
 import settings
 import sql_database
@@ -109,6 +112,7 @@ from incidents import (
     IncidentStatus,
     LeaseLost,
     MalformedEvent,
+    Message,
     NightcrierError,
     Outcome,
     Role,
@@ -231,6 +235,33 @@ class ClusterConfig:
         return self.api_key_file.read_text(encoding="utf-8").strip() or None
 
 
+def _receiver(value: object) -> str | None:
+    """The URL of a webhook, which is a secret: no message shows it. Empty is none, as ever."""
+    if value == "":
+        return None
+    try:
+        url = settings.http_url("", "", one_line)(value)
+    except ValueError:
+        url = ""
+    if not re.fullmatch(r"[!-~]+", url):
+        raise ValueError("must be a URL such as https://host/path, without user and password")
+    return url
+
+
+def _report_url(value: object) -> str:
+    url = settings.http_url("https://host/{incident_id}/", "a proxy", one_line)(value)
+    if "{incident_id}" not in url or not re.fullmatch(r"[!-~]{1,2500}", url):
+        raise ValueError("must have {incident_id} in it, and only ASCII")
+    return url
+
+
+def _secrets_of_url(url: str) -> Iterator[str]:
+    """The URL, and what is too long in it to be an ordinary word."""
+    parts = urlsplit(url)
+    yield url
+    yield from (w for w in re.split(r"[/?&=;]", f"{parts.path}?{parts.query}") if len(w) >= 16)
+
+
 def _address(value: object) -> str:
     text = settings.text(value)
     split_address(text)
@@ -286,6 +317,20 @@ class Config:
         "how often an incident is tried again after its agent failed")
     anthropic_api_key: str | None = settings.option(settings.text, None, "KEY",
         "key of the model service, for claude", existing=True, secret=True)
+    slack_webhook_url: str | None = settings.option(_receiver, None, "URL",
+        "Slack's incoming webhook: who may write to that channel", existing=True, secret=True)
+    webhook_url: str | None = settings.option(_receiver, None, "URL",
+        "where else to send what people are told, as JSON", secret=True)
+    webhook_secret: str | None = settings.option(settings.text, None, "KEY",
+        "signs what is sent to webhook_url (HMAC-SHA256)", secret=True)
+    report_url: str | None = settings.option(_report_url, None, "URL",
+        "where people find the report of an incident, if you publish it; with {incident_id}")
+    notify_on_agent_failure: bool = settings.option(settings.boolean, True, "BOOL",
+        "also tell when investigations keep failing, and when they succeed again", existing=True)
+    failure_threshold_for_alert: int = settings.option(settings.integer(1, 1000), 3, "N",
+        "how many must fail in a row for that", existing=True)
+    notify_allow_link_local: bool = settings.option(settings.boolean, False, "BOOL",
+        "also send to link-local addresses and to those of a cloud's metadata service")
     max_concurrent_agents: int = settings.option(settings.integer(1, 1000), 5, "N",
         "agents at the same time", existing=True)
     max_agents_per_cluster: int = settings.option(settings.integer(0, 1000), 0, "N",
@@ -315,7 +360,7 @@ class Config:
         for option in OPTIONS:
             # A connection string is secret for its password only, and shown without.
             if option.secret and option.key != "postgres_dsn" and (v := getattr(self, option.key)):
-                yield v
+                yield from _secrets_of_url(v) if option.read is _receiver else (v,)
         if self.postgres is not None and (password := self.postgres.password):
             yield from {password, quote(password, safe="")}
         for cluster in self.clusters:
@@ -1610,8 +1655,9 @@ async def probe_version(config: Config) -> str | None:
 
 
 # ============================================================================
-# 6. Reports
+# 6. Reports and notifications
 # Reports are untrusted text. What people see first of one knows no incidents: reports.py reads it.
+# What people are told waits in the outbox; how it looks and is sent is in notifications.py.
 # ============================================================================
 
 
@@ -1624,6 +1670,216 @@ def make_report(markdown: str) -> TriageReport:
         root_cause=root_cause,
         confidence=confidence,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sink:
+    """Where people are told something: a channel of Slack, or a receiver of JSON."""
+
+    name: str
+    receiver: notifications.Receiver
+    secret: str | None = field(default=None, repr=False)
+    report_url: str | None = None
+
+    def __str__(self) -> str:
+        """For people: without what is secret."""
+        signed = "signed" if self.secret else "not signed"
+        return self.receiver.shown + ("" if self.name == SLACK else f", {signed}")
+
+    async def send(self, message: Message) -> None:
+        """Send it once; raises notifications.SendFailed."""
+        values = json.loads(message.payload)
+        url = self.report_url and message.incident_id
+        url = url and str(self.report_url).replace("{incident_id}", url)
+        if self.name == SLACK:
+            document = notifications.slack_message(message.kind, values, url)
+        else:
+            known = {"id": message.notification_id, "kind": message.kind}
+            known |= {"created_at": format_time(message.created_at)}
+            document = {**known, "data": values | ({"report_url": url} if url else {})}
+        body = redact(notifications.json_body(document)).encode()
+        headers = {}
+        if self.name != SLACK:
+            headers = notifications.webhook_headers(
+                message.notification_id, body, secret=self.secret, now=time.time()
+            )
+        await self.receiver.post(body, headers)
+
+
+SLACK, WEBHOOK = "slack", "webhook"  # names of sinks, as they stand in the outbox
+
+
+def sinks_of(config: Config) -> tuple[Sink, ...]:
+    urls = {SLACK: config.slack_webhook_url, WEBHOOK: config.webhook_url}
+    return tuple(
+        Sink(
+            name=name,
+            receiver=notifications.Receiver(
+                url=url, allow_link_local=config.notify_allow_link_local
+            ),
+            secret=config.webhook_secret if name == WEBHOOK else None,
+            report_url=config.report_url,
+        )
+        for name, url in urls.items()
+        if url
+    )
+
+
+def why_not_sent(error: notifications.SendFailed) -> str:
+    """For the log and the database; the answer may hold our own request."""
+    said = redact(error.said)[:300].strip()
+    return one_line(redact(clean_text(f"{error}: {said}" if said else str(error))))
+
+
+async def send_test(sink: Sink) -> str:
+    """Tell a sink that this is a test; what it is called. Raises NightcrierError."""
+    text = f"This is a test message of {program_id()}."
+    message = Message(
+        notification_id=new_id(),
+        incident_id=None,
+        kind="test",
+        sink=sink.name,
+        payload=json.dumps({"text": text}),
+        attempt=1,
+        created_at=utc_now(),
+    )
+    try:
+        await sink.send(message)
+    except notifications.SendFailed as error:
+        raise NightcrierError(why_not_sent(error)) from None
+    return f"{sink}, test message accepted"
+
+
+class Notifier:
+    """Tells people what waits in the outbox, at least once; each sink at its own pace.
+
+    `wake` says that there may be something; besides, the outbox is looked at now and then, since
+    other processes write to it too, and die. `drain` ends `run` when all that is due was tried.
+    """
+
+    POLL = (10.0, 20.0)
+    LEASE = timedelta(seconds=30)  # of a message that is being sent
+    ATTEMPTS = 50  # which take about a day
+
+    def __init__(
+        self, config: Config, store: AsyncStore, sinks: Sequence[Sink], worker_id: str
+    ) -> None:
+        self._threshold = config.failure_threshold_for_alert
+        self._tells_of_failures = config.notify_on_agent_failure
+        self._store = store
+        self._sinks = sinks
+        self._worker_id = worker_id
+        self._news = {sink.name: asyncio.Event() for sink in sinks}
+        self._failures = {sink.name: 0 for sink in sinks}  # in a row
+        self._drain = asyncio.Event()
+        self._throttle = Throttle()
+        store.sync.sinks = tuple(self._news)
+
+    def wake(self) -> None:
+        for news in self._news.values():
+            news.set()
+
+    def drain(self) -> None:
+        self._drain.set()
+        self.wake()
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self.wake)
+
+        self._store.sync.on_ended = ended
+        async with asyncio.TaskGroup() as serving:
+            for sink in self._sinks:
+                serving.create_task(self._serve(sink), name=f"sink {sink.name}")
+
+    async def _serve(self, sink: Sink) -> None:
+        while True:
+            news, last = self._news[sink.name], self._drain.is_set()
+            news.clear()
+            try:
+                rest, pause = await self._tell(sink)
+            except StoreError as error:
+                rest, pause = 0.0, jitter(*self.POLL)
+                if self._throttle.admit("store") is not None:
+                    log.error("the outbox cannot be used, trying again: %s", error)
+            if last:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(rest or pause):
+                    if rest:  # whatever is new, the sink is left alone
+                        await self._drain.wait()
+                        return
+                    await news.wait()
+
+    async def _tell(self, sink: Sink) -> tuple[float, float]:
+        """Send what is due: for how long to leave the sink alone then, or else to wait for news."""
+        call, store = self._store.call, self._store.sync
+        while True:
+            if self._tells_of_failures:
+                kind = await call(store.tell_of_failures, sink.name, self._threshold)
+                if kind is not None:
+                    log.warning("investigations: %s", kind, extra={"sink": sink.name})
+            due = await call(store.next_due, sink.name)
+            pause = jitter(*self.POLL)
+            if due is None or due > timedelta(0):
+                return 0.0, min(pause, due.total_seconds()) if due else pause
+            message = await call(store.claim_message, self._worker_id, sink.name, self.LEASE)
+            if message is not None and (rest := await self._send(sink, message)):
+                return rest, pause
+
+    async def _send(self, sink: Sink, message: Message) -> float:
+        """Try once; for how long to leave the sink alone then."""
+        extra = {"sink": sink.name, "kind": message.kind, "incident_id": message.incident_id}
+        try:
+            await sink.send(message)
+        except notifications.SendFailed as error:
+            return await self._failed(sink, message, error, extra)
+        except Exception as error:
+            log.exception("a message could not be made", extra=extra)
+            failed = notifications.SendFailed(f"internal error: {error!r}")
+            return await self._failed(sink, message, failed, extra)
+        self._failures[sink.name] = 0
+        await self._store.call(self._store.sync.message_sent, message)
+        log.info("people were told", extra=extra)
+        return 0.0
+
+    async def _failed(
+        self,
+        sink: Sink,
+        message: Message,
+        error: notifications.SendFailed,
+        extra: Mapping[str, Any],
+    ) -> float:
+        reason = why_not_sent(error)
+        dead = error.permanent or message.attempt >= self.ATTEMPTS
+        asked = error.retry_after or 0.0
+        wait = max(asked, backoff(message.attempt - 1, ceiling=3_600.0))
+        again = None if dead else timedelta(seconds=wait)
+        await self._store.call(self._store.sync.message_failed, message, reason, again)
+        if dead:
+            log.error("a message was given up: %s", reason, extra=extra)
+        elif self._throttle.admit(sink.name) is not None:
+            log.warning("people cannot be told, trying again: %s", reason, extra=extra)
+        if error.permanent:
+            return 0.0  # it was about this message
+        self._failures[sink.name] += 1
+        return asked or backoff(self._failures[sink.name] - 1)
+
+
+def make_notifier(config: Config, store: AsyncStore, worker_id: str) -> Notifier | None:
+    sinks = sinks_of(config)
+    return Notifier(config, store, sinks, worker_id) if sinks else None
+
+
+async def drain_notifier(task: asyncio.Task[None], notifier: Notifier, within: float) -> None:
+    """What was just found out is still told, if that does not take long."""
+    notifier.drain()
+    await asyncio.wait([task], timeout=within)
+    task.cancel()
+    await asyncio.wait([task])
 
 
 # ============================================================================
@@ -2217,6 +2473,9 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._supervisor = Supervisor()
         self.worker = Worker(config, self.store, self._supervisor, record)
+        self.notifier: Notifier | None = None
+        if config.role is not Role.INGEST:
+            self.notifier = make_notifier(config, self.store, record.worker_id)
         self.inbox = Inbox(
             self.store,
             without_triage=lambda: self.watch.without_triage(),  # noqa: PLW0108 (made below)
@@ -2324,6 +2583,8 @@ class Daemon:
                 parts["sweep"] = asyncio.create_task(self._sweep(), name="lease sweep")
             else:
                 parts["worker"] = asyncio.create_task(self.worker.run(), name="worker")
+            if self.notifier is not None:
+                parts["notifier"] = asyncio.create_task(self.notifier.run(), name="notifier")
             parts["reload"] = asyncio.create_task(self._reload(), name="reload")
             stopping = asyncio.create_task(self._stopping.wait(), name="stop")
             await asyncio.wait([stopping, *parts.values()], return_when=asyncio.FIRST_COMPLETED)
@@ -2358,6 +2619,10 @@ class Daemon:
         await self._flush(parts)
         if "forwarder" in parts:
             parts["forwarder"].cancel()
+        others = [part for name, part in parts.items() if name != "notifier"]
+        await asyncio.gather(*others, return_exceptions=True)
+        if self.notifier is not None and "notifier" in parts:
+            await drain_notifier(parts["notifier"], self.notifier, self.FLUSH)
         results = await asyncio.gather(*parts.values(), return_exceptions=True)
         await self._health.close()
         await asyncio.to_thread(self.store.close)
@@ -2487,6 +2752,7 @@ async def _replay(config: Config, event: FaultEvent) -> Incident | None:
     store = AsyncStore(open_store(config, record.worker_id))
     supervisor = Supervisor()
     worker = Worker(config, store, supervisor, record)
+    notifier = make_notifier(config, store, record.worker_id)
     inbox = Inbox(store, without_triage=tuple, on_stored=lambda _: worker.wake())
     storing = asyncio.create_task(inbox.run())
     try:
@@ -2504,6 +2770,9 @@ async def _replay(config: Config, event: FaultEvent) -> Incident | None:
             finally:
                 worker.drain()
                 await working
+            if notifier is not None:
+                telling = asyncio.create_task(notifier.run())
+                await drain_notifier(telling, notifier, Daemon.FLUSH)
         return await store.call(store.sync.get_incident, event.event_id)
     finally:
         await asyncio.to_thread(store.close)
@@ -2607,6 +2876,8 @@ def cmd_check(args: argparse.Namespace) -> int:
             (f"cluster {cluster.name}", functools.partial(_check_cluster, cluster))
             for cluster in config.clusters
         ]
+    for sink in sinks_of(config):
+        checks.append((f"sink {sink.name}", functools.partial(_check_sink, sink, args.send_test)))
     exit_code = 0
     for name, check in checks:
         try:
@@ -2628,6 +2899,10 @@ def _check_store(config: Config) -> str:
         details = target.details
     state = f"{len(pending)} migrations pending" if pending else "schema ok"
     return ", ".join([config.database, *details, state])
+
+
+def _check_sink(sink: Sink, send: bool) -> str:
+    return asyncio.run(send_test(sink)) if send else str(sink)
 
 
 def _check_cluster(cluster: ClusterConfig) -> str:
@@ -2793,7 +3068,10 @@ COMMANDS: Mapping[str, Command] = {
         help="check configuration, database, agent and clusters",
         example="nightcrier check --config config.yaml --offline",
         arguments=_CONFIG_ARGUMENTS
-        | {"--offline": {"action": "store_true", "help": "do not connect to the clusters"}},
+        | {
+            "--offline": {"action": "store_true", "help": "do not connect to the clusters"},
+            "--send-test": {"action": "store_true", "help": "send a message to Slack and webhook"},
+        },
     ),
     "migrate": Command(
         run=cmd_migrate,

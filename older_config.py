@@ -27,10 +27,7 @@ IGNORED: Mapping[str, str] = {
             "azure_storage_connection_string azure_storage_account azure_storage_key "
             "azure_storage_container azure_sas_expiry upload_failed_investigations"
         ),
-        "this version does not have that yet": (
-            "openai_api_key gemini_api_key slack_webhook_url notify_on_agent_failure "
-            "failure_threshold_for_alert"
-        ),
+        "this version does not have that yet": "openai_api_key gemini_api_key",
     }.items()
     for key in keys.split()
 }

@@ -1,11 +1,12 @@
 """Where incidents are kept: the contract of a store, and SQLite, PostgreSQL and files behind it.
 
 1. Rows: values of incidents.py as rows of tables, and back.
-2. Queue: incidents are created, claimed, renewed, completed, released and expired.
-3. Lists: looking incidents up.
-4. Clusters: their gaps, the workers that watch them, and who watches which.
-5. Stores: all of these queries, for each kind of database.
-6. Calls: from async code, and events that wait for a database that is away.
+2. Outbox: what people are to be told, until they have been told.
+3. Queue: incidents are created, claimed, renewed, completed, released and expired.
+4. Lists: looking incidents up.
+5. Clusters: their gaps, the workers that watch them, and who watches which.
+6. Stores: all of these queries, for each kind of database.
+7. Calls: from async code, and events that wait for a database that is away.
 
 Every statement is written once, in the classes of queries; a database below them (sql_database.py)
 holds the connection and the transaction. Whoever lost a lease writes nothing: each statement that
@@ -19,7 +20,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import itertools
 import json
+import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +47,7 @@ from incidents import (
     IncidentPage,
     IncidentStatus,
     LeaseLost,
+    Message,
     Outcome,
     Severity,
     Transition,
@@ -65,6 +69,7 @@ from sql_database import (
     Transaction,
     format_time,
     id_floor,
+    new_id,
     parse_time,
     utc_now,
 )
@@ -150,7 +155,266 @@ def incident_from(row: Sequence[Any]) -> Incident:
 
 
 # ============================================================================
-# 2. Queue
+# 2. Outbox
+# Rows hold plain values: where they are sent, and with which secrets, is not for the database.
+# ============================================================================
+
+
+_MESSAGE_FIELDS = tuple(f.name for f in dataclasses.fields(Message))
+_ALWAYS = datetime.min.replace(tzinfo=UTC)
+# How incidents ended, newest first; where an agent is tried again, its last run counts.
+_ENDINGS = """
+    select x.completed_at, x.outcome, x.error_message
+    from agent_executions x join incidents i on i.incident_id = x.incident_id
+    where x.completed_at >= :since and (x.outcome = 'succeeded' or
+          (i.status in ('AGENT_FAILED', 'FAILED') and x.attempt = i.attempt))
+    order by x.completed_at desc limit :limit"""
+
+
+class OutboxQueries:
+    """What is to be told: written with its cause, claimed under a lease, sent or given up."""
+
+    _database: Database
+
+    def add_messages(
+        self, kind: str, payload: Mapping[str, Any], dedupe_keys: Mapping[str, str | None]
+    ) -> None:
+        """Have sinks told of something; a message whose key is there already is left out.
+
+        `dedupe_keys` are those of the sinks, by their names.
+        """
+
+        def job(tx: Transaction) -> None:
+            rows = [
+                _message_row(tx.now, kind, sink, payload, dedupe_key=key)
+                for sink, key in dedupe_keys.items()
+            ]
+            tx.insert("notifications", rows, _IF_SAID_BEFORE)
+
+        self._database.write(job)
+
+    def next_due(self, sink: str) -> timedelta | None:
+        """In what time a message for a sink is due, not after 0 if one is; None without any."""
+
+        def job(tx: Transaction) -> timedelta | None:
+            # Not min(): it would read all that waits.
+            rows = tx.run(
+                """select next_attempt_at from notifications
+                   where status = 'PENDING' and sink = :sink order by next_attempt_at limit 1""",
+                sink=sink,
+            )
+            due: datetime | None = value_of("next_attempt_at", rows[0][0]) if rows else None
+            return None if due is None else due - tx.now
+
+        return self._database.read(job)
+
+    def claim_message(self, worker_id: str, sink: str, lease: timedelta) -> Message | None:
+        """Take the message of a sink that has been due for the longest; no other worker has it.
+
+        If nothing is heard of it, it is due again when the lease ends.
+        """
+
+        def job(tx: Transaction) -> Message | None:
+            rows = tx.run(
+                f"""select {", ".join(_MESSAGE_FIELDS)} from notifications i
+                    where status = 'PENDING' and sink = :sink and next_attempt_at <= :now
+                    order by next_attempt_at limit 1 {tx.lock_free_rows}""",
+                sink=sink,
+            )
+            if not rows:
+                return None
+            found = Message(**values_of(_MESSAGE_FIELDS, rows[0]))
+            until = format_time(tx.now + lease)
+            claimed = dataclasses.replace(found, attempt=found.attempt + 1, claimed_by=worker_id)
+            row = params_of(claimed, ("notification_id", "incident_id", "attempt", "claimed_by"))
+            row |= {"lease_expires_at": until, "next_attempt_at": until}
+            tx.update("notifications", "notification_id", [row])
+            return claimed
+
+        return self._database.write(job)
+
+    def message_sent(self, message: Message) -> None:
+        """People have been told. If the lease was lost meanwhile, they are told again."""
+        self._end_claim(message, status="SENT", error=None, retry_in=None)
+
+    def message_failed(self, message: Message, error: str, retry_in: timedelta | None) -> None:
+        """It could not be sent: to be tried again after a time, or (None) never, which is DEAD."""
+        status = "DEAD" if retry_in is None else "PENDING"
+        self._end_claim(message, status=status, error=error, retry_in=retry_in)
+
+    def _end_claim(
+        self, message: Message, *, status: str, error: str | None, retry_in: timedelta | None
+    ) -> None:
+        def job(tx: Transaction) -> None:
+            tx.run(
+                """update notifications
+                   set status = :status, last_error = :error, claimed_by = null,
+                       lease_expires_at = null, next_attempt_at = :next, sent_at = :sent_at
+                   where notification_id = :notification_id
+                     and incident_id is not distinct from :incident_id
+                     and status = 'PENDING' and attempt = :attempt and claimed_by = :claimed_by""",
+                **params_of(message, ("notification_id", "incident_id", "attempt", "claimed_by")),
+                status=status,
+                error=error,
+                next=format_time(tx.now + (retry_in or timedelta(0))),
+                sent_at=format_time(tx.now) if status == "SENT" else None,
+            )
+
+        self._database.write(job)
+
+    def tell_of_failures(self, sink: str, threshold: int) -> str | None:
+        """Have a sink told that `threshold` incidents in a row failed, or that one succeeded since.
+
+        Returns the kind of the new message: `degraded`, then `recovered`, in turns. All of it is
+        derived from what is stored, by whichever replica asks; the number in the key keeps two
+        from saying the same. Nothing new is said before the last of them was sent or given up.
+        """
+
+        def look(tx: Transaction) -> tuple[int, str, dict[str, Any]] | None:
+            number, degraded, unsent = _last_alert(tx, sink)
+            if unsent:
+                return None
+            newest = _endings(tx, _ALWAYS, threshold)
+            failed = [failed for _, failed, _ in newest]
+            if degraded is not None and failed[:1] == [False]:
+                return number + 1, "recovered", _recovery(tx, degraded)
+            if degraded is None and failed == [True] * threshold:
+                return number + 1, "degraded", _degradation(tx)
+            return None
+
+        if (found := self._database.read(look)) is None:
+            return None
+        number, kind, payload = found
+        self.add_messages(kind, payload, {sink: f"alert:{sink}:{number:09}"})
+        return kind
+
+
+_IF_SAID_BEFORE = "on conflict (dedupe_key) do nothing"
+
+
+def _message_row(
+    now: datetime,
+    kind: str,
+    sink: str,
+    payload: Mapping[str, Any],
+    *,
+    dedupe_key: str | None,
+    incident_id: str | None = None,
+) -> dict[str, Any]:
+    return {
+        "notification_id": new_id(),
+        "incident_id": incident_id,
+        "kind": kind,
+        "sink": sink,
+        "dedupe_key": dedupe_key,
+        "payload": json.dumps(payload, ensure_ascii=False),
+        "status": "PENDING",
+        "created_at": format_time(now),
+        "next_attempt_at": format_time(now),
+    }
+
+
+def announce(
+    tx: Transaction, sinks: Sequence[str], resolved: Iterable[tuple[Incident, Completion]]
+) -> None:
+    """Have sinks told of incidents whose outcomes this transaction writes, each once."""
+    rows = [
+        _message_row(
+            tx.now,
+            "incident",
+            sink,
+            _announcement(incident, completion, tx.now),
+            dedupe_key=f"incident:{incident.incident_id}:{sink}",
+            incident_id=incident.incident_id,
+        )
+        for incident, completion in (resolved if sinks else ())
+        for sink in sinks
+    ]
+    tx.insert("notifications", rows, _IF_SAID_BEFORE)
+
+
+def _announcement(incident: Incident, completion: Completion, now: datetime) -> dict[str, Any]:
+    event, report, execution = incident.event, completion.report, completion.execution
+    return {
+        "incident_id": incident.incident_id,
+        "cluster": event.cluster,
+        "severity": event.severity,
+        "fault_type": event.fault_type,
+        "resource_kind": event.resource_kind,
+        "resource_namespace": event.resource_namespace,
+        "resource_name": event.resource_name,
+        "status": completion.status,
+        "created_at": as_stored(incident.created_at),
+        "started_at": as_stored(incident.started_at),
+        "completed_at": format_time(now),
+        "root_cause": report.root_cause if report else None,
+        "confidence": report.confidence if report else None,
+        "host": execution.host if execution else None,
+        "workspace": execution.workspace if execution else None,
+    }
+
+
+# When, whether it failed, and why.
+_Ending = tuple[datetime, bool, str | None]
+
+
+def _endings(tx: Transaction, since: datetime, limit: int) -> list[_Ending]:
+    rows = tx.run(_ENDINGS, since=format_time(since), limit=limit)
+    return [
+        (value_of("completed_at", at), outcome != Outcome.SUCCEEDED, reason)
+        for at, outcome, reason in rows
+    ]
+
+
+def _last_alert(tx: Transaction, sink: str) -> tuple[int, dict[str, Any] | None, bool]:
+    """Number of the last one; what was said if that was `degraded`; whether it is still unsent.
+
+    One that was given up counts as said until an investigation succeeds: nobody needs to be told
+    of the recovery then.
+    """
+    rows = tx.run(
+        """select dedupe_key, kind, status, created_at, payload from notifications
+           where dedupe_key >= :first and dedupe_key < :last order by dedupe_key desc limit 1""",
+        first=f"alert:{sink}:",
+        last=f"alert:{sink};",
+    )
+    if not rows:
+        return 0, None, False
+    key, kind, status, created_at, payload = rows[0]
+    said = json.loads(payload) if kind == "degraded" else None
+    if said is not None and status == "DEAD":
+        endings = _endings(tx, value_of("created_at", created_at), 1_000)
+        said = None if any(not failed for _, failed, _ in endings) else said
+    return int(key.rpartition(":")[2]), said, status == "PENDING"
+
+
+def _degradation(tx: Transaction) -> dict[str, Any]:
+    """The failures since the last success, as far as they matter to people."""
+    endings = _endings(tx, _ALWAYS, 1_000)
+    streak = list(itertools.takewhile(operator.itemgetter(1), endings))
+    return {
+        "failures": len(streak),
+        "first_failure_at": format_time(streak[-1][0]),
+        "last_failure_at": format_time(streak[0][0]),
+        "reasons": [reason or "" for _, _, reason in streak[:3]],
+    }
+
+
+def _recovery(tx: Transaction, degraded: Mapping[str, Any]) -> dict[str, Any]:
+    first = parse_time(degraded["first_failure_at"]) or _ALWAYS
+    endings = _endings(tx, first, 10_000)
+    failures = [at for at, failed, _ in endings if failed] or [first]  # or deleted meanwhile
+    successes = [at for at, failed, _ in endings if not failed and at > failures[0]]
+    return {
+        "failures": len(failures),
+        "first_failure_at": format_time(first),
+        "last_failure_at": format_time(failures[0]),
+        "recovered_at": format_time(min(successes, default=failures[0])),
+    }
+
+
+# ============================================================================
+# 3. Queue
 # The table incidents is the queue. Rows of a claim are locked before they are changed.
 # ============================================================================
 
@@ -170,6 +434,8 @@ class IncidentQueries:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.sinks: tuple[str, ...] = ()  # who is told of every incident that is resolved
+        self.on_ended: Callable[[], None] = lambda: None  # called in the thread that wrote it
         pending = database.read(
             lambda tx: tx.run("""
                 select cluster, severity, max(queue_key) from incidents
@@ -318,7 +584,7 @@ class IncidentQueries:
     def complete_incidents(
         self, outcomes: Sequence[tuple[Incident, Completion]]
     ) -> list[IncidentStatus | LeaseLost]:
-        """Write outcomes of claimed incidents: incident, transition, execution and report.
+        """Write outcomes of claimed incidents: incident, transition, execution, report, messages.
 
         All in one transaction. For each it returns the new status, which is PENDING when the agent
         is to be tried again, or LeaseLost: then the lease is gone and nothing of it is written.
@@ -340,9 +606,13 @@ class IncidentQueries:
             written = [(e.completion.execution, e.completion.report) for e in ends if e.completion]
             _save_executions(tx, [execution for execution, _ in written if execution])
             _save_reports(tx, [(e, report) for e, report in written if e and report])
+            resolved = [e for e in ends if e.status is IncidentStatus.RESOLVED]
+            announce(tx, self.sinks, [(e.incident, e.completion) for e in resolved if e.completion])
             return results
 
-        return self._database.write(job)
+        results = self._database.write(job)
+        self.on_ended()
+        return results
 
     @staticmethod
     def _end_of(tx: Transaction, incident: Incident, completion: Completion) -> _End:
@@ -391,6 +661,7 @@ class IncidentQueries:
         expired = self._database.write(job)
         if expired:
             self._database.notify(INCIDENTS)
+            self.on_ended()
         return expired
 
     @staticmethod
@@ -663,7 +934,7 @@ def _incident_row(incident: Incident) -> dict[str, Any]:
 
 
 # ============================================================================
-# 3. Lists
+# 4. Lists
 # Ids are in the order in which they were made: they page, and bound a time.
 # ============================================================================
 
@@ -775,7 +1046,7 @@ def _conditions(wanted: IncidentFilter) -> tuple[list[str], dict[str, Any]]:
 
 
 # ============================================================================
-# 4. Clusters
+# 5. Clusters
 # What replicas tell each other is in these rows; a lease on a cluster is a condition on its row.
 # ============================================================================
 
@@ -1098,7 +1369,7 @@ def _save_worker(tx: Transaction, worker: WorkerRecord) -> None:
 
 
 # ============================================================================
-# 5. Stores
+# 6. Stores
 # What differs between stores is their Database.
 # ============================================================================
 
@@ -1153,7 +1424,9 @@ class _Housekeeping:
         self._database.close()
 
 
-class StateStore(IncidentQueries, ListQueries, ClusterQueries, WatchQueries, _Housekeeping):
+class StateStore(
+    IncidentQueries, OutboxQueries, ListQueries, ClusterQueries, WatchQueries, _Housekeeping
+):
     """Where events, incidents and what became of them are kept; incidents are the queue.
 
     What differs between stores is their Database; the statements are these for all of them.
@@ -1169,6 +1442,7 @@ class StateStore(IncidentQueries, ListQueries, ClusterQueries, WatchQueries, _Ho
     shared_between_replicas: ClassVar[bool] = False  # on several hosts: clusters are leased
     can_be_copied: ClassVar[bool] = True  # by `backup`
     batches_are_atomic: ClassVar[bool] = True  # create_incidents stores all or nothing
+    alerts_are_kept: ClassVar[bool] = True  # what was said of failures in a row, over a restart
 
 
 class SQLiteStore(StateStore):
@@ -1206,11 +1480,13 @@ class FilesystemStore(StateStore):
     The files are read once, at the start; the queue and the claims are in memory. So one process
     only may use it (a lock file refuses a second), what happens to several incidents at once is
     not written all or nothing, and each event costs an fsync of its own. States of clusters and
-    workers are not kept. Use SQLite for anything that matters.
+    workers are not kept, nor what was said of failures in a row: after a restart it is said again.
+    Use SQLite for anything that matters.
     """
 
     shared_between_processes: ClassVar[bool] = False
     batches_are_atomic: ClassVar[bool] = False
+    alerts_are_kept: ClassVar[bool] = False
 
     def __init__(self, root: Path) -> None:
         advice = "a filesystem store serves one process; use SQLite"
@@ -1220,7 +1496,7 @@ class FilesystemStore(StateStore):
 
 
 # ============================================================================
-# 6. Calls
+# 7. Calls
 # The calls of a store wait for a disk or a server: they are made on threads.
 # ============================================================================
 

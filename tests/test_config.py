@@ -63,6 +63,9 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "log_format": ("json", "json"),
     "health_listen": ("[::1]:9090", "[::1]:9090"),
     "agent_command": ("agent 'two words'", ("agent", "two words")),
+    "slack_webhook_url": ("https://hooks.slack.com/services/T/B/x",) * 2,
+    "webhook_url": ("http://[::1]:8000/hook?a=b",) * 2,
+    "report_url": ("https://reports.example/{incident_id}/",) * 2,
 }
 
 

@@ -18,7 +18,8 @@ BANNER = re.compile(r"^# (\d+)\. (.+)$", re.MULTILINE)
 LAYERS = (
     (  # these know no incidents
         *("settings", "older_config", "logs", "sql_database", "fair_queue", "watch_leases"),
-        *("mcp_client", "agent_process", "reports", "demo_script", "about"),
+        *("mcp_client", "agent_process", "reports", "notifications"),
+        *("demo_script", "about"),
     ),
     ("incidents",),
     ("state_store",),

@@ -155,7 +155,9 @@ def cached(pyz: Path, host: Host) -> Path:
 def test_version_says_the_version_of_the_module_and_leaves_nothing_in_the_home(pyz, host):
     source = ast.parse((ROOT / "nightcrier.py").read_text())
     assigned = [node for node in source.body if isinstance(node, ast.Assign)]
-    [version] = [a.value.value for a in assigned if a.targets[0].id == "__version__"]
+    [version] = [
+        a.value.value for a in assigned if getattr(a.targets[0], "id", "") == "__version__"
+    ]
 
     assert version in host.runs(pyz, "version")
     assert list(host.home.iterdir()) == []

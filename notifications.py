@@ -4,8 +4,6 @@
 2. Slack: messages in Block Kit, made of plain values.
 3. Webhook: the same values as JSON, signed.
 4. Sending: one request, within a time and a size, to the address that was looked at.
-
-nightcrier.py uses this module in its section 6; it imports nothing from there.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -397,6 +397,7 @@ class _Capture(asyncio.Protocol):
     """Keeps the beginning of a stream in a file and its end in memory, and counts the rest."""
 
     TAIL = 65_536
+    NOTE = "\n[{} bytes left out]\n"
 
     def __init__(self, path: Path, limit: int) -> None:
         self._file = path.open("wb", buffering=0)
@@ -420,11 +421,16 @@ class _Capture(asyncio.Protocol):
     def connection_lost(self, _error: Exception | None) -> None:
         with contextlib.suppress(OSError):
             if left_out := self._left_out - len(self._tail):
-                self._file.write(f"\n[{left_out} bytes left out]\n".encode())
+                self._file.write(self.NOTE.format(left_out).encode())
             self._file.write(self._tail)
         self._file.close()
         if not self.closed.done():
             self.closed.set_result(None)
+
+
+def kept_output(limit: int) -> int:
+    """How large the file of a stream is at most, of which the first `limit` bytes are kept."""
+    return limit + _Capture.TAIL + len(_Capture.NOTE) + 20
 
 
 @contextlib.asynccontextmanager
@@ -567,41 +573,201 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UsageEvent:
+    """Where an agent says what it consumed: in the last line of stdout that is of a `type`."""
+
+    type: str
+    place: str = ""  # the mapping in it that has the numbers; empty: the line itself
+    inputs: tuple[str, ...]  # keys of numbers to be added up
+    output: str = "output_tokens"
+    total: str = ""  # given: the output is what this has beyond the input
+    cost: str = ""  # key in the line itself
+    kept: tuple[str, ...]  # keys of the line itself that are stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """How to run one kind of agent: data, so that the next one is a new entry.
 
-    `model` and `tools` are appended to `argv` when they are configured, with {value} filled in. The
-    prompt always comes on stdin. `read_usage` is given the JSON object that the agent printed, with
-    storable texts; an empty one if it printed something else.
+    The prompt always comes on stdin, never on the command line. `settings` has, for options and
+    variables that the agent understands, the words that are appended to `argv`, in this order and
+    with {value} filled in. `files` are written into the workspace, with {tools} as a JSON list.
     """
 
     argv: tuple[str, ...]
-    model: tuple[str, ...] = ()
-    tools: tuple[str, ...] = ()
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tool_names: Mapping[str, str] = field(default_factory=dict)  # claude's: its own
+    files: Mapping[str, str] = field(default_factory=dict)
     version: tuple[str, ...] = ()
-    key_option: str | None = None  # the option that holds the credential
-    key_variable: str | None = None  # the variable in which the agent expects it
+    # Provider (empty: the only one): the option that holds its key, and the agent's variable for it
+    credentials: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)  # that it always has
     environment: tuple[str, ...] = ()  # further variables that it may have
-    read_usage: Callable[[Mapping[str, Any]], Usage] | None = None
+    usage: UsageEvent | None = None
 
 
-def read_claude_usage(result: Mapping[str, Any]) -> Usage:
-    """Tokens and cost from the result object that `claude --output-format json` prints.
+PRESETS: Mapping[str, Preset] = {
+    # Claude Code 2.1.197, tried (`claude --help`; --max-turns is there and not listed): print mode,
+    # only the tools that are allowed, no settings of a project directory, no session file.
+    "claude": Preset(
+        argv=(
+            *("claude", "--print", "--output-format", "stream-json", "--verbose"),
+            *("--no-session-persistence", "--strict-mcp-config", "--setting-sources", "user"),
+            *("--permission-mode", "dontAsk"),
+        ),
+        settings={
+            "agent_model": ("--model", "{value}"),
+            "agent_max_turns": ("--max-turns", "{value}"),
+            "agent_allowed_tools": ("--allowedTools", "{value}"),
+        },
+        version=("claude", "--version"),
+        credentials={"": ("anthropic_api_key", "ANTHROPIC_API_KEY")},
+        environment=("ANTHROPIC_BASE_URL", "CLAUDE_CONFIG_DIR"),
+        usage=UsageEvent(
+            type="result",
+            place="usage",
+            inputs=("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"),
+            cost="total_cost_usd",
+            kept=("usage", "modelUsage", "total_cost_usd", "num_turns", "duration_ms"),
+        ),
+    ),
+    # Codex 0.169.0, tried (`codex exec --help`, and its configuration reference). Its one tool is
+    # a shell, in a sandbox in which only the workspace is writable. The network must be open, for
+    # kubectl. Keys of --config give way to options such as --sandbox among the further arguments.
+    # It does not read OPENAI_BASE_URL any more, and it does not know what a run costs.
+    "codex": Preset(
+        argv=(
+            *("codex", "exec", "--json", "--skip-git-repo-check", "--ephemeral"),
+            *("--ignore-user-config", "--ignore-rules", "--config", "sandbox_mode=workspace-write"),
+            *("--config", "sandbox_workspace_write.network_access=true"),
+            *("--config", "sandbox_workspace_write.exclude_slash_tmp=true"),
+            *("--config", "sandbox_workspace_write.exclude_tmpdir_env_var=true"),
+            *("--config", 'shell_environment_policy.exclude=["CODEX_API_KEY"]'),
+            *("--config", "web_search=disabled"),
+        ),
+        settings={
+            "OPENAI_BASE_URL": ("--config", "openai_base_url={value}"),
+            "agent_model": ("--model", "{value}"),
+        },
+        version=("codex", "--version"),
+        credentials={"": ("openai_api_key", "CODEX_API_KEY")},
+        environment=("OPENAI_BASE_URL", "CODEX_HOME"),
+        usage=UsageEvent(
+            type="turn.completed",
+            place="usage",
+            inputs=("input_tokens",),  # the cached ones are among them, as in the output reasoning
+            kept=("usage",),
+        ),
+    ),
+    # Gemini CLI 0.61.0, tried (`gemini --help`, docs/reference/policy-engine.md of the package).
+    # Its default mode refuses what a person would have to confirm; a policy allows the tools, and
+    # hides the others. With GOOGLE_GEMINI_BASE_URL it wants the kind of its key in its own
+    # settings.json (security.auth.selectedType). It does not know what a run costs.
+    "gemini": Preset(
+        argv=(
+            *("gemini", "--output-format", "stream-json", "--approval-mode", "default"),
+            *("--policy", "{workspace}/gemini-policy.toml", "--extensions", "none"),
+            *("--allowed-mcp-server-names", "none", "--skip-trust"),
+        ),
+        settings={"agent_model": ("--model", "{value}"), "agent_allowed_tools": ()},
+        tool_names={
+            "Read": "read_file",
+            "Write": "write_file",
+            "Edit": "replace",
+            "Grep": "grep_search",
+            "Glob": "glob",
+            "Bash": "run_shell_command",
+            "WebFetch": "web_fetch",
+        },
+        files={
+            "gemini-policy.toml": """\
+[[rule]]
+toolName = "*"
+decision = "deny"
+priority = 1
 
-    Cached input counts as input. Anything of another shape is no usage, never an error.
+[[rule]]
+toolName = {tools}
+decision = "allow"
+priority = 2
+allowRedirection = true
+"""
+        },
+        version=("gemini", "--version"),
+        credentials={"": ("gemini_api_key", "GEMINI_API_KEY")},
+        environment=("GOOGLE_GEMINI_BASE_URL", "GEMINI_CLI_HOME"),
+        usage=UsageEvent(
+            type="result",
+            place="stats",
+            inputs=("input_tokens",),
+            total="total_tokens",  # output_tokens is without the thoughts, which are paid for
+            kept=("stats",),
+        ),
+    ),
+    # goose 1.50, not tried: from documentation/docs/guides/goose-cli-commands.md and the sources
+    # (crates/goose-cli/src/cli.rs, session/mod.rs). Only the extension "developer": a shell and an
+    # editor. Who is to be paid is the provider's matter: its key, and no other, is handed over.
+    "goose": Preset(
+        argv=(
+            *("goose", "run", "--no-session", "--no-profile", "--with-builtin", "developer"),
+            *("--output-format", "stream-json", "--instructions", "-"),
+        ),
+        settings={
+            "agent_provider": ("--provider", "{value}"),
+            "agent_model": ("--model", "{value}"),
+            "agent_max_turns": ("--max-turns", "{value}"),
+        },
+        version=("goose", "--version"),
+        credentials={
+            "anthropic": ("anthropic_api_key", "ANTHROPIC_API_KEY"),
+            "openai": ("openai_api_key", "OPENAI_API_KEY"),
+            "google": ("gemini_api_key", "GOOGLE_API_KEY"),
+        },
+        variables={
+            "GOOSE_MODE": "auto",  # nobody is there to confirm
+            "GOOSE_DISABLE_KEYRING": "1",
+            "GOOSE_DISABLE_SESSION_NAMING": "1",  # costs a call of the model
+        },
+        environment=("GOOSE_PROVIDER", "GOOSE_MODEL", "ANTHROPIC_HOST", "OPENAI_HOST"),
+        usage=UsageEvent(
+            type="complete",
+            inputs=("input_tokens",),
+            cost="cost_usd",
+            kept=("input_tokens", "output_tokens", "total_tokens", "cost_usd"),
+        ),
+    ),
+    "command": Preset(argv=()),
+}
+
+
+def last_event(printed: str, kind: str) -> dict[str, Any]:
+    """The last line that is a JSON object of a `type`; empty if there is none."""
+    for line in reversed(printed.split("\n")):
+        if kind in line:
+            with contextlib.suppress(ValueError, RecursionError):
+                event = json.loads(line)
+                if isinstance(event, dict) and event.get("type") == kind:
+                    return event
+    return {}
+
+
+def usage_in(event: Mapping[str, Any], form: UsageEvent) -> Usage:
+    """Tokens and cost, as far as they are there; cached input counts as input.
+
+    Anything of another shape is no usage, never an error.
     """
-    usage = result.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    inputs = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-    counts = [count for key in inputs if (count := _amount(usage.get(key))) is not None]
-    output = _amount(usage.get("output_tokens"))
-    kept = ("usage", "modelUsage", "total_cost_usd", "num_turns", "duration_ms", "session_id")
-    raw = json.dumps({key: result[key] for key in kept if key in result})
+    numbers = event.get(form.place) if form.place else event
+    numbers = numbers if isinstance(numbers, dict) else {}
+    counts = [count for key in form.inputs if (count := _amount(numbers.get(key))) is not None]
+    output, total = _amount(numbers.get(form.output)), _amount(numbers.get(form.total))
+    if total is not None and total >= sum(counts):
+        output = total - sum(counts)
+    raw = json.dumps({key: event[key] for key in form.kept if key in event})
     return Usage(
         input_tokens=int(sum(counts)) if counts else None,
         output_tokens=int(output) if output is not None else None,
-        cost_usd=_amount(result.get("total_cost_usd")),
-        raw=raw if 2 < len(raw) < 20_000 else None,
+        cost_usd=_amount(event.get(form.cost)),
+        raw=raw if numbers and len(raw) < 20_000 else None,
     )
 
 
@@ -611,25 +777,6 @@ def _amount(value: object) -> float | None:
         return None
     return value if 0 <= value < 2**53 else None
 
-
-PRESETS: Mapping[str, Preset] = {
-    # Options as of Claude Code 2.1 (`claude --help`): print mode, only the tools that are allowed,
-    # no settings of a project directory, no session file, usage as one JSON object.
-    "claude": Preset(
-        argv=(
-            *("claude", "--print", "--output-format", "json", "--no-session-persistence"),
-            *("--strict-mcp-config", "--setting-sources", "user", "--permission-mode", "dontAsk"),
-        ),
-        model=("--model", "{value}"),
-        tools=("--allowedTools", "{value}"),
-        version=("claude", "--version"),
-        key_option="anthropic_api_key",
-        key_variable="ANTHROPIC_API_KEY",
-        environment=("ANTHROPIC_BASE_URL", "CLAUDE_CONFIG_DIR"),
-        read_usage=read_claude_usage,
-    ),
-    "command": Preset(argv=()),
-}
 
 _PASSED_ON = (
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "TERM"),
@@ -647,24 +794,35 @@ def command_line(
     preset: Preset,
     command: Sequence[str],
     *,
-    model: str | None,
-    tools: Sequence[str],
+    values: Mapping[str, str],
+    arguments: Sequence[str],
     known: Mapping[str, str],
 ) -> list[str]:
     """The words of an agent's command, with those in `known` replaced wherever they stand.
 
-    `command` is that of an agent whose preset has none.
+    `command` is that of an agent whose preset has none. `values` are of options and variables;
+    those that the agent does not understand, or that are empty, are left out.
     """
-    words = list(preset.argv or command)
-    if model is not None:
-        words += [word.replace("{value}", model) for word in preset.model]
-    if tools:
-        words += [word.replace("{value}", ",".join(tools)) for word in preset.tools]
+    words = [*(preset.argv or command), *arguments]
+    for name, option in preset.settings.items():
+        if value := values.get(name):
+            words += [word.replace("{value}", value) for word in option]
     pattern = re.compile("|".join(re.escape(name) for name in known))
     argv = [pattern.sub(lambda found: known[found[0]], word) for word in words]
     if os.sep in argv[0]:
         argv[0] = os.path.abspath(argv[0])  # it starts in a directory of its own
     return argv
+
+
+def own_names(preset: Preset, tools: Sequence[str]) -> list[str]:
+    """Tools by the names that an agent has for them."""
+    return [preset.tool_names.get(tool, tool) for tool in tools]
+
+
+def own_files(preset: Preset, tools: Sequence[str]) -> dict[str, str]:
+    """Name and content of the files that an agent is to find in its workspace."""
+    listed = json.dumps(own_names(preset, tools), ensure_ascii=False)
+    return {name: text.replace("{tools}", listed) for name, text in preset.files.items()}
 
 
 # ============================================================================

@@ -27,7 +27,6 @@ IGNORED: Mapping[str, str] = {
             "azure_storage_connection_string azure_storage_account azure_storage_key "
             "azure_storage_container azure_sas_expiry upload_failed_investigations"
         ),
-        "this version does not have that yet": "openai_api_key gemini_api_key",
     }.items()
     for key in keys.split()
 }

@@ -114,6 +114,11 @@ def argv(value: object) -> tuple[str, ...]:
     return tuple(words)
 
 
+def arguments(value: object) -> tuple[str, ...]:
+    """As `argv`, and there may be none."""
+    return () if value in ("", []) else argv(value)
+
+
 def names(value: object) -> tuple[str, ...]:
     """A list of words; on the command line and in the environment separated by commas."""
     if isinstance(value, str):
@@ -406,7 +411,10 @@ class Reader:
         for place, name in given.items():
             try:
                 if name:
-                    yield place, path(name).read_text(encoding="utf-8").strip()
+                    text = path(name).read_text(encoding="utf-8").strip()
+                    if not text:  # though an empty value may be as good as none
+                        raise ValueError("it is empty")
+                    yield place, text
             except (OSError, ValueError) as error:
                 self.problems.append(f"{place}: cannot be read: {error}")
 

@@ -234,6 +234,25 @@ def test_check_has_a_line_for_each_thing_and_connects_to_the_clusters(
     assert clusters.do(lambda: clusters.fakes["alpha"].sessions) == {}, "nothing is left behind"
 
 
+def test_check_shows_version_and_key_of_the_agent(clusters: Clusters, tmp_path: Path) -> None:
+    (tmp_path / "codex").write_text("#!/bin/sh\necho codex-cli 9.9.9\n")
+    (tmp_path / "codex").chmod(0o755)
+    check = ("check", "--offline", *clusters.flags("alpha"), "--agent-cli", "codex")
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+
+    done = nightcrier(*check, cwd=tmp_path, **environment)
+    without = f"ok    agent: codex, {tmp_path}/codex, codex-cli 9.9.9, openai_api_key is not set"
+    assert without in done.stdout.splitlines()
+
+    done = nightcrier(*check, cwd=tmp_path, OPENAI_API_KEY="canary", **environment)
+    assert without.replace("not set", "set") in done.stdout.splitlines()
+    assert "canary" not in done.stdout + done.stderr
+
+    done = nightcrier(*check, "--agent-system-prompt-file", "none.md", cwd=tmp_path, **environment)
+    assert done.returncode == 3
+    assert "FAIL  agent: agent_system_prompt_file none.md cannot be read" in done.stdout
+
+
 def test_check_tells_of_everything_that_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "not.db").write_text("this is not a database" * 100)
     done = nightcrier(

@@ -139,6 +139,12 @@ def test_an_empty_variable_is_as_good_as_none(load: LOADS) -> None:
     assert load(environment={"NIGHTCRIER_AGENT_TIMEOUT": ""}).agent_timeout == 300
 
 
+def test_an_empty_key_in_the_file_is_as_good_as_none(load: LOADS) -> None:
+    config = load('anthropic_api_key: k\nopenai_api_key: ""\ngemini_api_key: ""\n')
+    assert (config.openai_api_key, config.gemini_api_key) == (None, None)
+    assert "" not in config.secrets()
+
+
 def test_names_of_variables_of_the_existing_nightcrier_are_understood(load: LOADS) -> None:
     environment = {
         "AGENT_TIMEOUT": "60",
@@ -302,6 +308,8 @@ def test_a_mistake_in_a_flag_or_variable_names_the_flag_or_variable(load: LOADS)
         ("agent_command", "[]"),
         ("agent_command", "[[]]"),
         ("agent_env", "[1]"),
+        ("agent_args", "{a: b}"),
+        ("agent_max_turns", "-1"),
         ("health_listen", "8080"),
         ("health_listen", "host:99999"),
         ("health_listen", ":8080"),
@@ -697,3 +705,75 @@ def test_a_server_without_its_connection_is_a_mistake(tmp_path: Path) -> None:
     path.write_text("state_storage:\n  type: postgres\n")
     with pytest.raises(ConfigError, match="needs a connection: postgres_dsn"):
         nightcrier.load_config({"config": str(path)}, environment={}, need_clusters=False)
+
+
+# --- the agent of a cluster -----------------------------------------------------------------------
+
+TWO_CLUSTERS = """\
+agent_cli: {cli}
+agent_model: small
+agent_max_turns: 50
+clusters:
+  - name: prod
+    mcp: {{endpoint: 'http://a/mcp'}}
+    agent:
+      model: large
+      allowed_tools: Read, Write
+      args: --verbose --tag 'two words'
+      max_turns: 9
+      timeout: 900
+  - name: dev
+    mcp: {{endpoint: 'http://b/mcp'}}
+    agent: {{args: []}}
+"""
+
+
+def test_a_cluster_has_its_own_settings_of_the_agent_before_all_others(load: LOADS) -> None:
+    config = load(TWO_CLUSTERS.format(cli="claude"), agent_args="--global", agent_timeout="60")
+    prod, dev = (config.of_cluster(cluster) for cluster in config.clusters)
+
+    assert (prod.agent_model, dev.agent_model, config.agent_model) == ("large", "small", "small")
+    assert prod.agent_allowed_tools == ("Read", "Write")
+    assert prod.agent_args == ("--verbose", "--tag", "two words")
+    assert (prod.agent_max_turns, dev.agent_max_turns) == (9, 50)
+    assert (prod.agent_timeout, dev.agent_timeout) == (900.0, 60.0)
+    assert (dev.agent_args, config.agent_args) == ((), ("--global",))
+    assert config.of_cluster(None) is config
+    assert config.warnings == ()
+
+
+def test_other_settings_of_the_agent_are_no_reason_to_connect_anew(load: LOADS) -> None:
+    text = TWO_CLUSTERS.format(cli="claude")
+    assert load(text).clusters == load(text.replace("model: large", "model: huge")).clusters
+
+
+def test_settings_that_an_agent_does_not_have_are_warnings(load: LOADS) -> None:
+    warnings = load(TWO_CLUSTERS.format(cli="codex"), agent_provider="openai").warnings
+    assert sorted(warning.partition(" has no effect: ")[0] for warning in warnings) == [
+        "--agent-provider",
+        "cluster prod: agent.allowed_tools",
+        "cluster prod: agent.max_turns",
+        "config.yaml:3: agent_max_turns",
+    ]
+    assert "the agent codex has no such setting" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("agent", "message"),
+    [
+        ("[a]", "agent: must be a mapping"),
+        ("{modell: a}", "agent.modell: unknown key; did you mean 'agent.model'?"),
+        ("{cli: codex}", "agent.cli: unknown key"),
+        ("{model: ''}", "agent.model: must be a text"),
+        ("{max_turns: many}", "agent.max_turns: must be a whole number"),
+        ("{timeout: 0}", "agent.timeout: must be from 1"),
+        ("{args: {a: b}}", "agent.args: must be a list of words"),
+    ],
+)
+def test_a_mistake_in_the_agent_of_a_cluster_is_shown_with_its_line(
+    agent: str, message: str, load: LOADS
+) -> None:
+    text = f"clusters:\n- name: a\n  mcp: {{endpoint: 'http://a/mcp'}}\n  agent:\n    {agent}\n"
+    (problem,) = problems_of(load, text)
+    assert problem.startswith(("config.yaml:4: ", "config.yaml:5: "))
+    assert message in problem

@@ -57,7 +57,7 @@ def test_every_flag_in_the_readme_is_one(capsys: pytest.CaptureFixture[str]) -> 
             nightcrier.main([command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     known |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "build_zipapp.sh").read_text()))
-    others = {"--quiet", "--quick"}  # of pip, and of somebody's agent
+    others = {"--quiet", "--quick", "--fallback-model", "--sandbox"}  # of pip, and of agents
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert used - others <= known
 

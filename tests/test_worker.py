@@ -219,6 +219,52 @@ def test_the_prompt_that_was_sent_is_kept_and_its_digest_stored(benches: Benches
     assert execution.prompt_sha256 == hashlib.sha256(prompt).hexdigest()
 
 
+def test_a_long_prompt_arrives_as_it_is_whatever_it_begins_with(
+    benches: Benches, tmp_path: Path
+) -> None:
+    """Longer than an argument may be, with what a shell, `echo -e` or getopt would change."""
+    text = (
+        "---\nfront: matter\n---\n-n --help \\n \\t \\0 $(id) %s \N{GRINNING FACE}\n"
+        + "x" * 1_000_000
+    )
+    (tmp_path / "system.md").write_text(text, encoding="utf-8")
+    bench, incident = benches.investigate(agent_system_prompt_file=str(tmp_path / "system.md"))
+
+    workspace = Path(only_execution(bench, incident).workspace or "")
+    prompt = (workspace / "prompt").read_bytes()
+    assert prompt.startswith(text.encode())
+    assert prompt == (workspace / "prompt-sent.md").read_bytes()
+
+
+def test_a_cluster_has_its_own_settings_of_the_agent(
+    benches: Benches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = f'[ "$1" = --version ] && exit\necho "$@" > words\n{REPORTING}\n'
+    (benches.root / "codex").write_text(f"#!/bin/sh\n{script}")
+    (benches.root / "codex").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{benches.root}:{os.environ['PATH']}")
+    general = benches.config(agent_cli="codex", agent_model="small", agent_args="--one")
+    own = {"agent_model": "large", "agent_args": ("--two", "{incident_id}")}
+    cluster = ClusterConfig(name="prod", endpoint="http://127.0.0.1:1/mcp", agent=own)
+    config = dataclasses.replace(general, clusters=(cluster,))
+    events = [an_event(cluster=name) for name in ("prod", "dev")]
+    prod, dev = benches.store.create_incidents(events)
+
+    async def work() -> None:
+        async with benches.working(config) as bench:
+            await bench.until_ended(2)
+            for incident, model, words in (
+                (prod, "large", f" --two {prod.incident_id} --model large"),
+                (dev, "small", " --one --model small"),
+            ):
+                execution = only_execution(bench, incident)
+                assert execution.model == model
+                given = (Path(execution.workspace or "") / "words").read_text()
+                assert given.rstrip().endswith(words)
+
+    asyncio.run(work())
+
+
 def test_the_archive_shows_the_outcome(benches: Benches) -> None:
     _, incident = benches.investigate("exit 3")
     workspace = benches.root / "incidents" / incident.incident_id
@@ -382,7 +428,9 @@ def test_usage_and_cost_of_claude_are_stored(
 ) -> None:
     """Even where the agent reports numbers that no database can hold."""
     usage = {"input_tokens": 10**30, "cache_read_input_tokens": 5, "output_tokens": 7}
-    result = json.dumps({"usage": usage, "total_cost_usd": 0.25, "session_id": "a\0b"})
+    result = json.dumps(
+        {"type": "result", "usage": usage, "total_cost_usd": 0.25, "session_id": "a\0b"}
+    )
     script = f"[ \"$1\" = --version ] && echo 9.9 && exit\n{REPORTING}\ncat <<'E'\n{result}\nE\n"
     (tmp_path / "claude").write_text("#!/bin/sh\n" + script)
     (tmp_path / "claude").chmod(0o755)
@@ -698,7 +746,8 @@ def test_the_loss_of_an_earlier_attempt_does_not_stop_the_one_that_holds_the_lea
         runs = []
         for lease in (EXPIRED, LEASE):
             benches.store.release_expired(9)
-            runs.append(nightcrier._Run(claim_one(benches.store, worker.record.worker_id, lease)))
+            incident = claim_one(benches.store, worker.record.worker_id, lease)
+            runs.append(nightcrier._Run(incident, worker.config))
             runs[-1].task = asyncio.create_task(asyncio.sleep(60))
         worker._runs |= set(runs)
         beat = asyncio.create_task(worker._beat())

@@ -419,7 +419,7 @@ def test_a_recorded_fault_is_replayed_through_the_whole_pipeline(form: str, tmp_
         "select status, cluster, resource_name, root_cause, confidence from v_incidents",
     )
     assert (status, cluster, name) == ("RESOLVED", "alpha", "recorded")
-    assert (cause, confidence) == ("The disk is full. Confidence: HIGH", "HIGH")
+    assert (cause, confidence) == ("The disk is full.", "HIGH")
     (registered,) = rows(tmp_path / "nightcrier.db", "select role, state from workers")
     assert registered == ("worker", "stopped"), "else replicas would leave clusters to it"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 import nightcrier
 from reports import read_headline
+
+REPORTS = Path(__file__).parent / "reports"
 
 
 def headline(text: str) -> tuple[str | None, str | None]:
@@ -54,6 +57,10 @@ def test_the_report_that_the_prompt_asks_for_is_understood() -> None:
         "> **Root Cause**:",
         "1. Summary\n\n**Most Likely Root Cause**:",
         "Root cause:",
+        "**Root Cause**",
+        "3. **Root Cause**:",
+        "Root Cause\n==========",
+        "Root Cause\n---",
     ],
 )
 def test_the_section_of_the_root_cause_is_found_however_it_is_headed(heading: str) -> None:
@@ -75,6 +82,15 @@ def test_the_section_of_the_root_cause_is_found_however_it_is_headed(heading: st
         "### Hypothesis 1\n\n**Statement**: The disk is full.",
         "**Confidence**: HIGH\n\nThe disk is full.",
         "**Confidence Level**: HIGH (95 %)\n**Statement**: The disk is full.",
+        "**Statement**: The disk is full. **Evidence For**: df. **Confidence**: LOW",
+        "The disk is full. (Confidence: HIGH)",
+        "The disk is full. — **Confidence: High**",
+        "The disk is full.\n---",
+        "- The disk is full.",
+        "1. The disk\n2. is full.",
+        "| # | Hypothesis | Confidence |\n|---|:-:|--:|\n| 1 | The disk is full. | HIGH |",
+        "| Field | Value |\n|---|---|\n| Statement | The disk is full. |\n| x | y |",
+        "```\nsome code\n```\nThe disk is full.",
     ],
 )
 def test_labels_are_no_part_of_the_root_cause(line: str) -> None:
@@ -88,6 +104,8 @@ def test_labels_are_no_part_of_the_root_cause(line: str) -> None:
         "**Root Cause:** The disk is full.",
         "- **Root cause** : The disk is full.",
         "Root Cause: The disk is full.",
+        "| Item | Finding |\n|---|---|\n| **Root Cause** | The disk is full. |",
+        "| Root Cause | The disk is full. |\n|---|---|",
     ],
 )
 def test_the_root_cause_may_stand_behind_a_label_without_a_heading(label: str) -> None:
@@ -125,6 +143,17 @@ def test_the_template_of_statement_and_evidence_is_understood() -> None:
         ("Confidence — HIGH", "HIGH"),
         ("### Confidence\n\nHIGH", "HIGH"),
         ("| Confidence | HIGH |", "HIGH"),
+        ("| Field | Value |\n|---|---|\n| **Confidence** | `HIGH` |", "HIGH"),
+        ("| Cause | Confidence |\n|---|---|\n| disk | HIGH |\n| image | LOW |", "HIGH"),
+        ("**Confidence**\n\nHIGH", "HIGH"),
+        ("Confidence\n---\n\nHIGH", "HIGH"),
+        ("Confidence: Very High (95 %)", "HIGH"),
+        ("**Overall confidence**: high", "HIGH"),
+        ("Confidence in this root cause analysis: HIGH", "HIGH"),
+        ("Confidence: MEDIUM-HIGH", "MEDIUM"),
+        ("Confidence: 85%", None),
+        ("Confidence: 85", None),
+        ("```\nConfidence: HIGH\n```", None),
         ("I say so with HIGH confidence.", "HIGH"),
         ("(HIGH confidence)", "HIGH"),
         ("high-confidence finding", "HIGH"),
@@ -151,6 +180,11 @@ def test_the_confidence_is_read_wherever_it_stands(text: str, confidence: str | 
         "## Root Cause (HIGH confidence)\n\nThe disk.\n\n## Others\n\nLOW confidence: the image.\n",
         "## Others\n\nLOW confidence: that.\n\n## Root Cause\n\nThe disk.\n\nConfidence: HIGH\n",
         "## Root Cause\n\nThe disk. Confidence: HIGH\n\n### Rejected\n\nConfidence: LOW\n",
+        "## Root Cause\n\nThe disk.\n\n## Alternatives\n\nConfidence: LOW\n\n## Confidence\n\nHIGH",
+        "## Root Cause\n\nDisk.\n\n### H2: image\n\nConfidence: LOW\n\n## Sum\n\nConfidence: HIGH",
+        "**Ruled out**\n\nConfidence: LOW\n\n**Root Cause**: The disk.\n\n**Confidence**: HIGH\n",
+        "**Confidence**: HIGH\n\n**Root Cause**: Disk.\n\n**Alternatives**:\n\n- Confidence: LOW",
+        "## Root Cause\n\nDisk.\n\n**Alternative**: image, Confidence: LOW\n\nConfidence: HIGH\n",
     ],
 )
 def test_the_confidence_is_that_of_the_root_cause_not_of_another_hypothesis(report: str) -> None:
@@ -171,6 +205,52 @@ def test_the_confidence_is_that_of_the_root_cause_not_of_another_hypothesis(repo
 )
 def test_a_report_that_does_not_say_has_no_headline(report: str) -> None:
     assert read_headline(report) == (None, None)
+
+
+def test_a_number_is_not_replaced_by_the_confidence_of_something_else() -> None:
+    report = "## Root Cause\n\nThe disk.\n\nConfidence: 85%\n\n## Next\n\nConfidence: LOW\n"
+    assert read_headline(report) == ("The disk.", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "root_cause", "confidence"),
+    [
+        (
+            "numbered",
+            "The image of release 4.2 starts the JVM with a heap of 600 MB, while the container "
+            "may have 512 MiB.",
+            "HIGH",
+        ),
+        (
+            "statement",
+            "The volume of ledger-0 is full, so that PostgreSQL stops at its first write.",
+            "LOW",
+        ),
+        (
+            "labels",
+            "The command of the container ends with `exit 1` on purpose: its log says "
+            '"Crashing intentionally...".',
+            "HIGH",
+        ),
+        ("table", "The kubelet's client certificate expired at 02:00 UTC", "HIGH"),
+        (
+            "after_hypotheses",
+            "The service account lost the role `objectAdmin` in yesterday's change. "
+            "Nobody was told.",
+            "HIGH",
+        ),
+        (
+            "whole_in_a_block",
+            "The registry answers 429: the daily limit of anonymous pulls is used up.",
+            "MEDIUM",
+        ),
+    ],
+)
+def test_reports_as_agents_write_them_are_understood(
+    name: str, root_cause: str, confidence: str
+) -> None:
+    report = (REPORTS / f"{name}.md").read_text(encoding="utf-8")
+    assert read_headline(report) == (root_cause, confidence)
 
 
 def test_a_long_root_cause_is_cut_between_words() -> None:
@@ -219,6 +299,16 @@ MEGABYTE = 1_000_000
         "\n" * MEGABYTE,
         "## Root Cause\n" + "a\n" * (MEGABYTE // 2),
         "\r\n\x0b\x0c\u2028\x85" * (MEGABYTE // 6),
+        "## Root Cause\n" + "|" * MEGABYTE,
+        "| root cause " * 20 + "|\n|-|\n" + "| a " * (MEGABYTE // 4),
+        ("| a " * 20 + "\n|-|\n") * (MEGABYTE // 86),
+        "a\n---\n" * (MEGABYTE // 6),
+        "```\n" * (MEGABYTE // 4),
+        "**root cause**\n" * (MEGABYTE // 15),
+        "**alternative**:\n" * (MEGABYTE // 17),
+        "## Root Cause\n" + "— confidence in this " * (MEGABYTE // 21),
+        "## Root Cause\n" + "1. " * (MEGABYTE // 3),
+        "confidence" + " is" * (MEGABYTE // 3),
     ],
     ids=lambda text: repr(text[:16]),
 )
@@ -233,7 +323,10 @@ def test_a_hostile_report_is_read_as_fast_as_any(text: str) -> None:
 @given(
     st.lists(
         st.sampled_from(
-            ["## ", "Root Cause", "**", ":", "\n", "confidence", " HIGH", "LOW ", "> ", "x", "1. "]
+            [
+                *("## ", "Root Cause", "**", ":", "\n", "confidence", " HIGH", "LOW ", "> ", "x"),
+                *("1. ", "|", "-", "```", "Alternative", "\n\n", "---"),
+            ]
         ),
         max_size=40,
     ).map("".join)

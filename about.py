@@ -62,7 +62,7 @@ def preload(*, postgres: bool) -> None:
 
     What is missing is said where it is used.
     """
-    for name in ("apsw", "yaml", *(["pg8000.native"] if postgres else [])):
+    for name in ("apsw", "markdown_it", "yaml", *(["pg8000.native"] if postgres else [])):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 
@@ -182,7 +182,7 @@ def sqlite_options(options: Sequence[str]) -> Iterator[tuple[str, str]]:
     yield "sqlite-omitted", " ".join(sorted(omitted)) or "none"
 
 
-PACKAGES = ("apsw", "h11", "pg8000", "PyYAML")
+PACKAGES = ("apsw", "h11", "markdown-it-py", "pg8000", "PyYAML")
 
 
 def _packages(build: ModuleType | None) -> dict[str, str]:

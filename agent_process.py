@@ -29,7 +29,15 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -851,18 +859,45 @@ def set_aside(workspace: Path, prefix: str, name: str, unique: Callable[[], str]
         entry.rename(earlier / entry.name)
 
 
+@contextlib.contextmanager
+def _folder_of(path: Path) -> Iterator[int]:
+    """The directory of a file, opened without following a link that an agent put in its place."""
+    folder = os.open(path.parent, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def replace_left(workspace: Path, name: str, text: str) -> None:
+    """Put a file where an agent may have left anything of that name; raises OSError.
+
+    Links are not followed and not written through, and the file is there whole or not at all.
+    """
+    path = workspace / name
+    unfinished = f".{path.name}.{secrets.token_hex(8)}"  # no agent can know it
+    with _folder_of(path) as folder:
+        os.fchmod(folder, 0o700)  # an agent may have closed it, to keep a page of its own there
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        handle = os.open(unfinished, flags, 0o600, dir_fd=folder)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.rename(unfinished, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except OSError:
+            os.unlink(unfinished, dir_fd=folder)
+            raise
+
+
 def read_left(workspace: Path, name: str, minimum: int, maximum: int) -> str:
     """Read what an agent left; raises LeftInvalid.
 
     The agent decides what is in its directory: links are not followed, a pipe is not waited for.
     """
     try:
-        folder = os.open((workspace / name).parent, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
+        with _folder_of(workspace / name) as folder:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             handle = os.open(Path(name).name, flags, dir_fd=folder)
-        finally:
-            os.close(folder)
     except FileNotFoundError:
         raise LeftInvalid(f"the agent left no {name}") from None
     except OSError as error:

@@ -98,6 +98,7 @@ from agent_process import (
     passed_on,
     read_left,
     read_output,
+    replace_left,
     run_program,
     set_aside,
     signal_name,
@@ -130,7 +131,7 @@ from incidents import (
 )
 from logs import Throttle, one_line, redact, setup_logging
 from mcp_client import backoff, jitter, split_address
-from reports import REPORT_INSTRUCTIONS, read_headline
+from reports import REPORT_INSTRUCTIONS, read_headline, render_html
 from sql_database import (
     CommitUnknown,
     FileLock,
@@ -1548,6 +1549,7 @@ def build_prompt(incident: Incident, system_prompt: str, additional: str | None)
 
 PROMPT = "prompt-sent.md"  # in the workspace; the agent gets it on stdin
 REPORT = "output/investigation.md"
+PAGE = "output/investigation.html"  # ours, whatever the agent left there
 LOGS = {"stdout": "logs/agent-stdout.log", "stderr": "logs/agent-stderr.log"}
 
 
@@ -1697,9 +1699,9 @@ _REPORT_MINIMUM = 100
 _REPORT_MAXIMUM = 5_000_000
 
 
-def read_report(workspace: Path) -> str:
+def read_report(workspace: Path, minimum: int = _REPORT_MINIMUM) -> str:
     """The report, if it is a plain file of a sensible size; raises LeftInvalid."""
-    return redact(clean_text(read_left(workspace, REPORT, _REPORT_MINIMUM, _REPORT_MAXIMUM)))
+    return redact(clean_text(read_left(workspace, REPORT, minimum, _REPORT_MAXIMUM)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1749,20 +1751,56 @@ async def probe_version(config: Config) -> str | None:
 
 # ============================================================================
 # 6. Reports and notifications
-# Reports are untrusted text. What people see first of one knows no incidents: reports.py reads it.
+# Reports are untrusted text. reports.py, which knows no incidents, reads and renders them.
 # What people are told waits in the outbox; how it looks and is sent is in notifications.py.
 # ============================================================================
 
 
-def make_report(markdown: str) -> TriageReport:
+def make_report(markdown: str, incident: Incident, execution: AgentExecution) -> TriageReport:
     root_cause, confidence = read_headline(markdown)
+    headline = {"Root cause": root_cause, "Confidence": confidence}
     return TriageReport(
         report_id=new_id(),
         generated_at=utc_now(),
         report_markdown=markdown,
         root_cause=root_cause,
         confidence=confidence,
+        report_html=_make_page(markdown, incident, execution, headline),
     )
+
+
+def make_failure_page(workspace: Path, incident: Incident, execution: AgentExecution) -> str:
+    """What a failed agent had written until then: for people to read, but no report to be stored.
+
+    There is always such a page, or people would open the one that the agent itself may have left.
+    """
+    try:
+        draft = read_report(workspace, minimum=1)
+    except LeftInvalid as error:
+        draft = str(error)
+    return _make_page(draft, incident, execution, {"Failed": incident.failure_reason})
+
+
+def _make_page(
+    markdown: str,
+    incident: Incident,
+    execution: AgentExecution,
+    headline: Mapping[str, str | None],
+) -> str:
+    event = incident.event
+    agent = (execution.agent, execution.agent_version, execution.model)
+    facts = {
+        **headline,
+        "Fault": f"{event.fault_type} ({event.severity})",
+        "Resource": event.resource,
+        "Cluster": event.cluster,
+        "Received": f"{event.received_at:%Y-%m-%d %H:%M:%S} UTC",
+        "Agent": ", ".join(word for word in agent if word),
+        "Incident": f"{incident.incident_id}, attempt {incident.attempt}",
+    }
+    page = render_html(markdown, title=f"{event.fault_type}: {event.resource}", facts=facts)
+    # Again: Markdown had hidden a secret if some of its characters were escaped.
+    return redact(page)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -2043,6 +2081,27 @@ def _ended_execution(
         cost_usd=usage.cost_usd,
         usage=usage.raw,
     )
+
+
+def _archive(
+    workspace: Path, incident: Incident, execution: AgentExecution, markdown: str | None
+) -> TriageReport | None:
+    """Write the workspace's copies of an outcome; returns the report for the database.
+
+    The database is what counts: an outcome does not depend on its copies.
+    """
+    report = None if markdown is None else make_report(markdown, incident, execution)
+    page = report.report_html if report else make_failure_page(workspace, incident, execution)
+    copies: list[Callable[[], None]] = [
+        functools.partial(write_incident_file, workspace, incident),
+        functools.partial(replace_left, workspace, PAGE, page or ""),
+    ]
+    for write in copies:
+        try:
+            write()
+        except OSError as error:
+            log.warning("%s is incomplete: %s", workspace, error, extra=incident_fields(incident))
+    return report
 
 
 class LeaseSweep:
@@ -2417,12 +2476,10 @@ class Worker:
             exit_code=ended.exit_code,
             failure_reason=judgement.reason,
         )
-        with contextlib.suppress(OSError):  # the archive's copy; the database is what counts
-            write_incident_file(workspace, completed)
         return Completion(
             status=judgement.status,
             execution=execution,
-            report=make_report(judgement.report) if judgement.report is not None else None,
+            report=_archive(workspace, completed, execution, judgement.report),
             exit_code=ended.exit_code,
             failure_reason=judgement.reason,
             agent_retries=run.config.agent_retries,

@@ -1,14 +1,23 @@
-"""Reports in Markdown: what people see first of one; nothing here knows of incidents.
+"""Reports in Markdown: the headline of one, and the page that people open; no incidents in here.
 
 Reports are untrusted text: none is an error, and none takes longer to read than its length allows.
 nightcrier.py uses this module; it imports nothing from there.
+
+1. Headline: root cause and confidence.
+2. Page: HTML that loads nothing and runs nothing.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
 
 # What the agent is told; below is how it is read.
 REPORT_INSTRUCTIONS = """\
@@ -25,7 +34,13 @@ What you looked at and what it shows.
 What a person should do, most important first.
 """
 
+
+# ============================================================================
+# 1. Headline
 # No pattern can be led to try more than a bounded number of ways from one place.
+# ============================================================================
+
+
 _FENCE = re.compile(r"\s{0,3}(`{3,}|~{3,})\s{0,9}(\w{0,9})")
 _HEADING = re.compile(r"\s{0,3}(#{1,6})\s")
 _UNDERLINE = re.compile(r"\s{0,3}(={3,80}|-{3,80})\s{0,9}")
@@ -170,3 +185,169 @@ def _first_paragraph(lines: Iterable[str]) -> str:
             if cut:
                 break
     return _AT_THE_END.sub("", " ".join(words)).strip("* ")
+
+
+# ============================================================================
+# 2. Page
+# Nothing of a report becomes markup but what its Markdown means, and what is clicked is what is
+# shown. Were all that wrong, the page's policy would still let it load and run nothing.
+# ============================================================================
+
+
+_RENDERED = 100_000  # characters; of more than that nobody reads all
+_STEPS = 400_000  # one for each line, word or cell, and some more; a long report takes 50,000
+_NESTING = 20  # the parser leaves out what is deeper
+_SHOWN = 1_000_000  # characters: a browser shows that at once
+_OFF = ("autolink", "html_block", "html_inline", "image", "reference")
+
+# Spelled out, and without a user: https://a.bank@elsewhere is elsewhere. Other alphabets in the
+# name of a host come here as xn--….
+_LINK = re.compile(
+    r"https?://[a-z0-9.-]{1,253}(?::\d{1,5})?(?:[/?#][!-~]{0,2000})?"
+    r"|mailto:[a-z0-9._+-]{1,64}@[a-z0-9.-]{1,253}",
+    re.IGNORECASE | re.ASCII,
+)
+# Characters that are not seen, or change the order of others; not those that join letters or emoji.
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e"
+    r"\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52em; margin: 2em auto; padding: 0 1em;
+  overflow-wrap: anywhere; }
+h1, h2, h3, h4 { line-height: 1.25; margin: 1.4em 0 .5em; break-after: avoid; }
+main { border-top: 1px solid #8888; }
+pre, code { font: .9em/1.4 ui-monospace, monospace; background: #8882; }
+pre { padding: .8em; white-space: pre-wrap; }
+code { padding: .1em .2em; }
+pre code { padding: 0; background: none; }
+blockquote { margin-left: 0; padding-left: 1em; border-left: 3px solid #8888; }
+table { border-collapse: collapse; }
+th, td { border: 1px solid #8888; padding: .3em .6em; text-align: left; vertical-align: top; }
+.center { text-align: center; }
+.right { text-align: right; }
+.note { font-size: .9em; opacity: .8; }
+@media print {
+  body { font-size: 11pt; max-width: none; margin: 0; }
+  tr, pre { break-inside: avoid; }
+}
+"""
+_PAGE = """\
+<!DOCTYPE html>
+<html>
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="referrer" content="no-referrer">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<table>
+{facts}
+</table>
+<p class="note">An AI agent wrote what follows. It had read text from the cluster, which anybody may
+have put there: check it before you act, and look where a link leads.</p>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def render_html(markdown: str, *, title: str, facts: Mapping[str, str | None]) -> str:
+    """A report as a page of its own, which loads nothing and runs nothing; facts stand above it.
+
+    Takes a few seconds at most: a long report, or a deeply nested one, is shown as it was written.
+    """
+    from html import escape
+
+    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    rows = (
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+        for name, value in facts.items()
+        if value
+    )
+    page = _PAGE.format(
+        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; "
+        "form-action 'none'",
+        style=_STYLE,
+        title=escape(title),
+        facts="\n".join(rows),
+        body=_rendered(markdown) or _as_written(markdown),
+    )
+    # At the end: a report can also write a character as &#x202e;.
+    return _UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", page)
+
+
+def _as_written(markdown: str) -> str:
+    from html import escape
+
+    left_out = len(markdown) - _SHOWN
+    more = f"<p>… and {left_out} characters more.</p>\n" if left_out > 0 else ""
+    return f"<pre>{escape(markdown[:_SHOWN], quote=False)}</pre>\n{more}"
+
+
+def _rendered(markdown: str) -> str | None:
+    """The HTML of a report; None if it is not to be had."""
+    if len(markdown) > _RENDERED:
+        return None
+    try:
+        parser = _parser()  # one for each report: it is not made to be shared by threads
+        tokens = parser.parse(markdown)
+        if any(token.level >= _NESTING - 1 for token in tokens):
+            return None
+        for token in tokens:
+            token.info = ""  # the language of a block of code: it would be a class
+            if align := token.attrs.pop("style", None):  # of a cell: the policy allows no style
+                token.attrs["class"] = str(align).removeprefix("text-align:")
+        return str(parser.renderer.render(tokens, parser.options, {}))
+    except Exception:  # a mistake of the library costs a report its looks, and nothing more
+        return None
+
+
+def _parser() -> MarkdownIt:
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark", {"html": False, "maxNesting": _NESTING})
+    parser.enable("table").disable(_OFF)
+    _limit(parser)
+    parser.validateLink = lambda url: bool(_LINK.fullmatch(url))  # type: ignore[method-assign]
+    parser.add_render_rule("link_open", _link_open)
+    parser.add_render_rule("link_close", _link_close)
+    return parser
+
+
+def _limit(parser: MarkdownIt) -> None:
+    """Let a parser give up: a quote of unfinished code costs the square of its length, for one."""
+    steps = itertools.count()
+
+    def step(state: Any, *_: Any) -> bool:
+        """A rule that matches nothing, and is tried before any other."""
+        if next(steps) + len(state.tokens) > _STEPS:
+            raise RuntimeError("too much work")
+        return False
+
+    everywhere = ["paragraph", "reference", "blockquote", "list"]
+    parser.block.ruler.before("table", "step", step, {"alt": everywhere})
+    parser.inline.ruler.before("text", "step", step)
+
+
+def _link_open(_renderer: Any, tokens: Any, index: int, _options: Any, env: Any) -> str:
+    env["href"] = tokens[index].attrs["href"]
+    return ""
+
+
+def _link_close(_renderer: Any, _tokens: Any, _index: int, _options: Any, env: Any) -> str:
+    """The link is its target, behind the words that were to be the link: those can say anything."""
+    from html import escape
+
+    href = escape(env["href"])
+    if not href:  # of [words]()
+        return ""
+    return f' &lt;<a href="{href}" rel="noopener noreferrer nofollow">{href}</a>&gt;'

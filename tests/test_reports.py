@@ -1,9 +1,15 @@
-"""reports.py: what is read from a report for its headline."""
+"""reports.py: what is read from a report for its headline, and the page of it."""
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import hashlib
+import html
+import re
 import textwrap
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -11,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nightcrier
-from reports import read_headline
+from conftest import an_event, an_execution, an_incident
+from logs import Redactor
+from reports import read_headline, render_html
 
 REPORTS = Path(__file__).parent / "reports"
 
@@ -264,9 +272,18 @@ def test_a_long_root_cause_is_cut_between_words() -> None:
 
 def test_a_report_becomes_a_row() -> None:
     markdown = "## Root Cause\n\nThe disk is full.\n\nConfidence: LOW\n"
-    report = nightcrier.make_report(markdown)
+    incident = an_incident(an_event(fault_type="CrashLoop", cluster="prod-7"))
+    report = nightcrier.make_report(markdown, incident, an_execution(incident))
+
     assert (report.root_cause, report.confidence) == ("The disk is full.", "LOW")
     assert report.report_markdown == markdown
+    page = Page.of(report.report_html)
+    assert page.title.startswith("CrashLoop: ")
+    facts = page.facts
+    assert (facts["Root cause"], facts["Confidence"]) == ("The disk is full.", "LOW")
+    assert facts["Cluster"] == "prod-7"
+    assert facts["Incident"].startswith(incident.incident_id)
+    assert "<h2>Root Cause</h2>" in page.source
 
 
 MEGABYTE = 1_000_000
@@ -335,3 +352,278 @@ def test_every_report_has_a_headline_that_the_database_takes(report: str) -> Non
     root_cause, confidence = read_headline(report)
     assert confidence in (None, "HIGH", "MEDIUM", "LOW")
     assert root_cause is None or (0 < len(root_cause) <= 300 and "\n" not in root_cause)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Page(HTMLParser):
+    """A page as a browser reads it."""
+
+    source: str
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self.feed(self.source)
+        self.close()
+
+    @classmethod
+    def of(cls, source: str | None) -> Page:
+        assert source is not None
+        return cls(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("br", "hr", "meta"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, "elements are nested as they should be"
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.setdefault(self._open[-1] if self._open else "", []).append(data)
+
+    def __getattr__(self, tag: str) -> str:
+        return "".join(self.texts.get(tag, []))
+
+    @property
+    def facts(self) -> dict[str, str]:
+        found = re.findall("<tr><th>(.*?)</th><td>(.*?)</td></tr>", self.source)
+        return {html.unescape(name): html.unescape(value) for name, value in found}
+
+    @property
+    def links(self) -> list[str | None]:
+        return [attributes["href"] for tag, attributes in self.elements if tag == "a"]
+
+
+def page_of(markdown: str, title: str = "A title", **facts: str | None) -> Page:
+    return Page(render_html(markdown, title=title, facts=facts))
+
+
+def body_of(markdown: str) -> str:
+    page = page_of(markdown).source
+    return page.partition("<main>\n")[2].rpartition("\n</main>")[0].strip()
+
+
+def test_a_page_is_markdown_with_tables() -> None:
+    report = "# A\n\n- *b* `c`\n\n| d | e |\n|--:|---|\n| 1 | 2 |\n\n```sh\nf > g\n```\n"
+    tags = [tag for tag, _ in Page(body_of(report)).elements]
+    assert tags == [
+        *("h1", "ul", "li", "em", "code", "table", "thead", "tr", "th", "th"),
+        *("tbody", "tr", "td", "td", "pre", "code"),
+    ]
+    assert '<td class="right">1</td>\n<td>2</td>' in body_of(report)
+    assert "<pre><code>f &gt; g\n</code></pre>" in body_of(report)
+
+
+def test_a_page_may_do_nothing_but_look() -> None:
+    page = page_of("text")
+    first, policy, referrer, *_ = [attributes for tag, attributes in page.elements if tag == "meta"]
+    assert page.source.startswith("<!DOCTYPE html>\n<html>\n<head>\n<meta charset=")
+    assert first == {"charset": "utf-8"}
+    digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
+    assert policy == {
+        "http-equiv": "Content-Security-Policy",
+        "content": f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; "
+        "form-action 'none'",
+    }
+    assert referrer == {"name": "referrer", "content": "no-referrer"}
+    assert page.source.index("Content-Security-Policy") < page.source.index("<style>")
+    assert "url(" not in page.style
+
+
+def test_title_and_facts_are_text() -> None:
+    page = page_of("text", title="<b>&\"'", Resource="Pod/<i>'\"", Agent=None, Model="")
+    assert page.title == page.h1 == "<b>&\"'"
+    assert page.facts == {"Resource": "Pod/<i>'\""}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>alert(1)</script>",
+        "<img src=x onerror=alert(1)>",
+        "<svg/onload=alert(1)>",
+        "a\n\n<div style='position:fixed'>\n\n<!-- hidden -->\n",
+        "</main></body></html><script>",
+        "&lt;script&gt;alert(1)&lt;/script&gt;",
+        "&#60;script&#62;",
+        "`</code><script>`",
+        "```\n</pre><script>\n```",
+        '```"><script>\nx\n```',
+        '``` x" onload="alert(1)\nx\n```',
+        "    <script>\n",
+        "| <script> |\n|---|\n| <img src=x> |",
+        "![x](https://a.example/x.png)",
+        '[x](https://a.example/"onmouseover="alert(1))',
+        "[x](<https://a.example/'onmouseover='alert(1)>)",
+        '[x](https://a.example ""><script>")',
+        "[<script>](https://a.example)",
+        "<https://a.example>",
+        "https://a.example www.a.example",
+        "[x]\n\n[x]: javascript:alert(1)",
+    ],
+)
+def test_nothing_of_a_report_becomes_markup_of_its_own(text: str) -> None:
+    for tag, attributes in Page(body_of(text)).elements:
+        assert tag not in ("script", "img", "svg", "div", "body")
+        assert set(attributes) <= {"href", "rel"}
+    assert "<!--" not in body_of(text)
+
+
+def test_the_target_of_a_link_is_what_is_shown_and_what_is_clicked() -> None:
+    assert body_of("see [the **bank**](https://evil.example/?a=1&b 'a title')!") == (
+        "<p>see the <strong>bank</strong> "
+        '&lt;<a href="https://evil.example/?a=1&amp;b" rel="noopener noreferrer nofollow">'
+        "https://evil.example/?a=1&amp;b</a>&gt;!</p>"
+    )
+    # The first letter is a Cyrillic one.
+    assert page_of("[x](https://\u0430pple.com)").links == ["https://xn--pple-43d.com"]
+    assert page_of("[x](https://a.example/\u202egpj)").links == ["https://a.example/%E2%80%AEgpj"]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("http://a.example", "https://a.example:8443/x?y#z", "HTTPS://A.example/(x)"),
+        *("mailto:team@a.example", "https://10.0.0.1/"),
+    ],
+)
+def test_links_of_the_web_and_of_mail_are_links(target: str) -> None:
+    assert [link.lower() for link in page_of(f"[x]({target})").links if link] == [target.lower()]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("javascript:alert(1)", "JaVaScRiPt:alert(1)", "&#106;avascript:alert(1)"),
+        *("java\\script:alert(1)", "data:text/html,x", "vbscript:x", "file:///etc/passwd"),
+        *("//a.example", "/x", "x.html", "#x", "https:a.example", "https:/a.example"),
+        *("https://bank.example@a.example", "https://bank.example%40a.example", "ftp://a.example"),
+        *("https:\\\\a.example", "mailto:a@b.example?body=x", "slack://x", "kubectl:delete"),
+    ],
+)
+def test_other_links_are_text(target: str) -> None:
+    page = page_of(f"[x]({target})")
+    assert page.links == []
+    assert html.unescape(f"[x]({target})".replace("\\\\", "\\")) in page.p.replace("\\\\", "\\")
+
+
+def test_a_link_to_nothing_is_its_words() -> None:
+    assert body_of("see [x]().") == "<p>see x.</p>"
+
+
+@pytest.mark.parametrize(
+    "character",
+    [*"\0\x1b\x7f\x85\u200b\u200f\u202a\u202e\u2066\u2069\ufeff\U000e0041", "\ud800"],
+    ids=ascii,
+)
+def test_what_cannot_be_seen_is_made_visible(character: str) -> None:
+    shown = rf"a(\ufffd|\[U\+{ord(character):04X}\])b"
+    for report in (f"a{character}b", f"`a{character}b`", f"a{character}b" + "x" * 200_000):
+        page = page_of(report, title=f"a{character}b", fact=f"a{character}b")
+        assert character not in page.source
+        assert re.search(shown, page.source.partition("<main>")[2])
+        assert re.fullmatch(shown, page.title)
+        assert re.fullmatch(shown, page.facts["fact"])
+    written_out = page_of(f"a&#x{ord(character):x};b").source
+    assert character not in written_out
+    written_out.encode()
+
+
+def test_letters_and_emoji_of_the_world_stay_what_they_are() -> None:
+    text = "Ursache: Größe – 根本原因 – שלום – 👩\u200d🔧 ⚠️ – می\u200cخواهم"
+    assert body_of(text) == f"<p>{text}</p>"
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        "<b>& *x*\n" * 15_000,
+        "> " * 30 + "<b>& *x*",
+        "- " * 30 + "<b>& *x*",
+        "> - " * 9 + "> <b>& *x*",
+        # Each costs the parser, in its way, the square of the length, or more.
+        "<b>& *x*\n\n" + "\t```\n> *\n" * 10_000,
+        "<b>& *x*\n\n" + "[a](```\n> ```\n" * 7_000,
+        "<b>& *x*\n\n" + ("|a" * 250 + "|\n" + "|-" * 250 + "|\n" + "x\n" * 250 + "\n") * 50,
+    ],
+    ids=["long", "quotes", "lists", "both", "code in quotes", "text in quotes", "tables"],
+)
+def test_what_is_too_much_is_shown_as_it_was_written(report: str) -> None:
+    page = Page(body_of(report))
+    assert [tag for tag, _ in page.elements] == ["pre"]
+    assert page.pre == report.rstrip("\n") or page.pre == report
+
+
+def test_a_report_beyond_reading_is_cut_and_says_so() -> None:
+    page = page_of("x" * 1_000_007)
+    assert page.pre == "x" * 1_000_000
+    assert "… and 7 characters more." in page.p
+
+
+def test_a_mistake_of_the_library_costs_a_report_only_its_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("markdown_it.MarkdownIt.parse", lambda *_: 1 / 0)
+    assert body_of("# A\n") == "<pre># A\n</pre>"
+
+
+@pytest.mark.parametrize("text", ["[", "[a](", "<"])
+def test_what_the_parser_tries_in_vain_at_each_character_is_text(text: str) -> None:
+    report = text * (100_000 // len(text))
+    assert page_of(report).p.endswith(report)
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                *("<", ">", "&", '"', "'", "script", " onload=", "[", "](", ")", "https://a", "`"),
+                *(
+                    "```",
+                    "\n",
+                    "\n\n",
+                    "    ",
+                    "|",
+                    "|-|\n",
+                    "# ",
+                    "- ",
+                    "1. ",
+                    "*",
+                    "&lt;",
+                    "&#0;",
+                ),
+                *("\\", "!", "javascript:", "data:", "\u202e", "\0", "<!--", "]]>", "x"),
+            ]
+        ),
+        max_size=40,
+    ).map("".join)
+)
+def test_every_report_becomes_a_page_of_the_elements_of_markdown(report: str) -> None:
+    page = Page(body_of(report))
+    allowed = {"p", "h1", "h2", "em", "strong", "code", "pre", "blockquote", "ul", "ol", "li", "hr"}
+    allowed |= {"a", "br", "table", "thead", "tbody", "tr", "th", "td"}
+    for tag, attributes in page.elements:
+        assert tag in allowed
+        assert set(attributes) <= {"a": {"href", "rel"}, "ol": {"start"}}.get(tag, {"class"})
+        assert attributes.get("class") in (None, "left", "right", "center")
+        assert re.match("https?://", attributes.get("href") or "https://")
+
+
+def test_a_secret_that_markdown_had_hidden_is_not_in_the_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nightcrier, "redact", Redactor(["sk_very_secret"]))
+    incident = an_incident()
+    report = nightcrier.make_report(
+        "The key is sk\\_very\\_secret.", incident, an_execution(incident)
+    )
+    assert "The key is [redacted]." in (report.report_html or "")

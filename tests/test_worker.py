@@ -196,6 +196,10 @@ def test_an_incident_becomes_a_report(benches: Benches) -> None:
     assert report.report_markdown == REPORT
     assert report.root_cause == "The disk is full, and the container cannot write its pid file."
     assert report.confidence == "HIGH"
+    page = workspace / "output" / "investigation.html"
+    assert page.read_text() == report.report_html
+    assert page.stat().st_mode & 0o777 == 0o600
+    assert "<h2>Evidence</h2>" in page.read_text()
 
     transitions = bench.store.list_transitions(incident.incident_id)
     assert [(step.from_status, step.to_status, step.worker_id) for step in transitions] == [
@@ -363,6 +367,83 @@ def test_an_agent_that_fails_is_agent_failed(
     assert execution.error_message == reason
     assert bench.store.get_report(incident.incident_id) is None
     assert bench.store.list_transitions(incident.incident_id)[-1].reason == reason
+
+
+@pytest.mark.parametrize(
+    ("script", "shown"),
+    [
+        ("exit 3", "the agent left no output/investigation.md"),
+        ("rm -r output; mkfifo output; exit 3", None),
+        ("rm -r output; ln -s .. output; exit 3", None),
+        (f"{REPORTING}; exit 3", "<h2>Evidence</h2>"),
+        ("printf '# So far' > output/investigation.md", "<h1>So far</h1>"),
+    ],
+)
+def test_what_an_agent_had_written_when_it_failed_is_on_a_page(
+    benches: Benches, script: str, shown: str | None
+) -> None:
+    bench, incident = benches.investigate(script)
+    page = Path(only_execution(bench, incident).workspace or "", "output", "investigation.html")
+
+    assert incident.status is IncidentStatus.AGENT_FAILED
+    assert bench.store.get_report(incident.incident_id) is None
+    assert page.exists() == (shown is not None)
+    if shown is not None:
+        assert shown in page.read_text()
+        assert f"<tr><th>Failed</th><td>{incident.failure_reason}</td></tr>" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    "prepared",
+    [
+        "ln -s ../../secret output/investigation.html",
+        "ln ../secret output/investigation.html",
+        "mkfifo output/investigation.html",
+        "echo '<script>' > output/investigation.html; chmod 500 output",
+    ],
+)
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_page_is_ours_whatever_the_agent_left_in_its_place(
+    benches: Benches, prepared: str, code: int
+) -> None:
+    secret = benches.config().workspace_root / "secret"
+    secret.parent.mkdir(parents=True, exist_ok=True)
+    secret.write_text("as it was")
+    bench, incident = benches.investigate(f"{REPORTING}; {prepared}; exit {code}")
+    output = Path(only_execution(bench, incident).workspace or "", "output")
+
+    assert incident.exit_code == code
+    assert secret.read_text() == "as it was"
+    assert (output / "investigation.html").read_text().startswith("<!DOCTYPE html>\n<html>")
+    assert not (output / "investigation.html").is_symlink()
+    assert sorted(path.name for path in output.iterdir()) == [
+        *("investigation.html", "investigation.md")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("incident.json", "output/investigation.html"),
+        ("output/investigation.html", "incident.json"),
+    ],
+)
+def test_an_outcome_does_not_depend_on_its_copies(
+    benches: Benches, name: str, other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench, incident = benches.investigate(f"{REPORTING}; rm -f {name}; mkdir {name}")
+    workspace = Path(only_execution(bench, incident).workspace or "")
+    report = bench.store.get_report(incident.incident_id)
+
+    assert incident.status is IncidentStatus.RESOLVED
+    assert report is not None
+    assert "<h2>Evidence</h2>" in (report.report_html or "")
+    assert f"{workspace} is incomplete: " in caplog.text
+    expected = {"incident.json": '"resolved"', "output/investigation.html": "<h2>Evidence</h2>"}
+    assert expected[other] in (workspace / other).read_text()
+    assert sorted(path.name for path in (workspace / "output").iterdir()) == [
+        *("investigation.html", "investigation.md")
+    ]
 
 
 def test_an_agent_that_takes_too_long_is_agent_failed(
@@ -1012,8 +1093,7 @@ def test_a_worker_that_starts_leaves_the_agents_of_the_others_on_its_host_alone(
                 await second.until(lambda: second.status(new) is IncidentStatus.RUNNING)
                 assert all(is_running(pid) for pid in first.pids())
                 first.go()
-                await first.until_ended(1)
-                assert first.status(incident) is IncidentStatus.RESOLVED
+                await first.until(lambda: first.status(incident) is IncidentStatus.RESOLVED)
 
     asyncio.run(work())
 

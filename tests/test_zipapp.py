@@ -175,9 +175,14 @@ def test_it_starts_with_every_supported_python(pyz, host, python):
 
 
 def test_the_demo_runs_the_whole_pipeline_from_the_file(pyz, host):
-    printed = host.run(pyz, "demo", "--health-listen", "127.0.0.1:0").stdout
+    printed = host.run(
+        *(pyz, "demo", "--sqlite", host.home / "demo.db", "--health-listen", "127.0.0.1:0")
+    ).stdout
 
     assert "RESOLVED" in printed
+    pages = [*host.home.glob("demo.incidents/*/output/investigation.html")]
+    assert pages
+    assert all("<h2>Root Cause</h2>" in page.read_text() for page in pages)
 
 
 def test_it_runs_through_a_symlink_and_from_a_path_with_spaces(pyz, host, tmp_path):

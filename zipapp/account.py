@@ -26,7 +26,12 @@ from wheels import NATIVE_PACKAGE, ROOT, Wheel, normalized, read_lock
 PLACE = "nightcrier_build"
 LICENCE = re.compile(r"[^/]+\.dist-info/(licenses/(?P<new>.+)|(?P<old>(LICEN|COPYING|NOTICE).*))")
 MORE_LICENCES = Path(__file__).parent / "licences"  # of what is inside a wheel without its text
-LICENCE_IDS = {"BSD 3-Clause License": "BSD-3-Clause", "MIT": "MIT", "any-OSI": "any-OSI"}
+LICENCE_IDS = {
+    "BSD 3-Clause License": "BSD-3-Clause",
+    "MIT": "MIT",
+    "MIT License": "MIT",
+    "any-OSI": "any-OSI",
+}
 LATEST_ZIP_DATE = 4354819199  # 2107-12-31
 ASK_SQLITE = """import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -144,7 +149,9 @@ def licences(wheels: Iterable[Wheel]) -> dict[str, bytes]:
 def licence(wheel: Wheel) -> dict[str, Any]:
     """As SPDX has it, in CycloneDX."""
     metadata = wheel.metadata()
-    name = str(metadata["License-Expression"] or LICENCE_IDS.get(metadata["License"], ""))
+    classes = [text.rpartition(" :: ")[2] for text in metadata.get_all("Classifier", [])]
+    known = [LICENCE_IDS.get(text) for text in (metadata["License"], *classes)]
+    name = next(filter(None, (metadata["License-Expression"], *known)), None)
     if not name:
         raise RuntimeError(f"{wheel.path.name} has a licence that is new to account.py")
     return {"expression": name} if " " in name else {"license": {"id": name}}
